@@ -1,0 +1,131 @@
+"""Every key, once, with what it means; the built-in touching cells on two CPU cores.
+
+    python train.py --config=configs/default.py --workdir=runs/cells
+
+A key that is ``None`` leaves the choice to the part that reads it, whose docstring
+names its default. Override any key on the command line: ``--config.model.norm=group``.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """The config; other files call this and change a few lines."""
+    config = ConfigDict()
+    config.seed = 0  # of parameters, order, crops, augmentation and dropout
+    config.task = "classes"  # classes (softmax) | labels (sigmoid)
+
+    config.data = data = ConfigDict()  # unet_jax.data.build
+    data.source = "cells"  # cells | folder | volumes | tfds
+    data.root = ""  # where the files are
+    data.train = "train"  # a split: train, train[:80%], train[20:30]
+    data.evaluation = "val"
+    data.normalisation = "range"  # range | standard | example
+    data.cache_mb = 1000.0  # decoded examples kept in memory
+    data.cells = ConfigDict()  # unet_jax.data.cells.open
+    data.cells.size = placeholder(tuple)
+    data.cells.examples = placeholder(int)
+    data.cells.rank = placeholder(int)
+    data.folder = ConfigDict()  # unet_jax.data.folder.open
+    data.folder.images = placeholder(str)  # a folder under root, or a glob
+    data.folder.masks = placeholder(str)
+    data.folder.mask = placeholder(str)  # auto | binary | index | instances | colors
+    data.folder.colors = placeholder(tuple)
+    data.folder.label_names = placeholder(tuple)
+    data.folder.channels = placeholder(int)
+    data.folder.ignore = placeholder(int)
+    data.volumes = ConfigDict()  # unet_jax.data.volumes.open
+    data.volumes.images = placeholder(str)
+    data.volumes.masks = placeholder(str)
+    data.volumes.slices = placeholder(bool)  # 2-D slices, or one volume
+    data.volumes.mask = placeholder(str)
+    data.volumes.label_names = placeholder(tuple)
+    data.volumes.channels = placeholder(int)
+    data.volumes.spacing = placeholder(tuple)  # resample volumes to this voxel size
+    data.volumes.ignore = placeholder(int)
+    data.tfds = ConfigDict()  # unet_jax.data.tfds.open
+    data.tfds.name = placeholder(str)
+    data.tfds.image = placeholder(str)  # names of the features
+    data.tfds.mask = placeholder(str)
+    data.tfds.label_names = placeholder(tuple)
+    data.tfds.shift = placeholder(int)  # subtracted from mask values
+    data.tfds.data_dir = placeholder(str)
+    data.tfds.manual_dir = placeholder(str)
+
+    config.augment = augment = ConfigDict()  # unet_jax.augment.build
+    augment.flip = True
+    augment.quarter_turns = True
+    augment.rotate = 0.0  # degrees, either way
+    augment.scale = 0.0  # 0.25: by a factor of 1/1.25 to 1.25
+    augment.shift = 0.0  # part of the size, either way
+    augment.brightness = 0.0
+    augment.contrast = 0.0
+    augment.gamma = 0.0
+    augment.noise = 0.0
+
+    config.model = model = ConfigDict()  # unet_jax.models.build
+    model.name = "unet"
+    model.features = (16, 32, 64, 128)
+    model.padding = placeholder(str)  # same | valid
+    model.norm = placeholder(str)  # batch | instance | group | none
+    model.norm_groups = placeholder(int)
+    model.act = placeholder(str)
+    model.up = placeholder(str)  # transpose | bilinear | nearest
+    model.align_corners = placeholder(bool)
+    model.dropout = placeholder(float)
+    model.dropout_levels = placeholder(int)
+    model.conv_bias = placeholder(bool)
+    model.kernel_init = placeholder(str)
+    model.dtype = placeholder(str)  # float32 | bfloat16
+
+    config.loss = loss = ConfigDict()  # unet_jax.losses.build
+    loss.cross_entropy = 1.0
+    loss.binary_cross_entropy = 0.0
+    loss.dice = 1.0
+    loss.tversky = 0.0
+    loss.focal = 0.0
+    loss.class_weights = ()
+    loss.normalise = placeholder(str)  # pixels | weights
+    loss.smooth = placeholder(float)
+    loss.over = placeholder(str)  # image | batch
+    loss.background = placeholder(bool)
+    loss.squared = placeholder(bool)
+    loss.gamma = placeholder(float)
+    loss.alpha = placeholder(float)
+    loss.beta = placeholder(float)
+
+    config.optim = optim = ConfigDict()  # unet_jax.optim.build
+    optim.name = "adamw"  # sgd | adam | adamw
+    optim.learning_rate = 3e-3
+    optim.schedule = "cosine"  # constant | cosine | poly | plateau
+    optim.warmup_steps = 20
+    optim.power = placeholder(float)
+    optim.final_fraction = placeholder(float)
+    optim.momentum = placeholder(float)
+    optim.weight_decay = 1e-4
+    optim.clip = 1.0  # largest gradient norm, 0 for none
+    optim.freeze = ()  # paths of parameters, such as ("encoder",)
+
+    config.plateau = plateau = ConfigDict()  # for optim.schedule = "plateau"
+    plateau.monitor = "loss"  # a figure of the evaluation that should fall
+    plateau.factor = 0.5
+    plateau.patience = 10  # evaluations
+
+    config.train = train = ConfigDict()
+    train.steps = 300
+    train.batch_size = 8  # the effective one, over devices and accumulation
+    train.accumulate = 1  # microbatches a step
+    train.crop = (128, 128)  # the net's input size in training
+    train.ema = 0.0  # decay of the parameters' average, 0 for none
+    train.log_every = 10
+    train.eval_every = 100
+    train.save_every = 100
+    train.eval_batch_size = 8
+    train.threshold = 0.5  # from which probability a label counts (task labels)
+    train.monitor = "dice"  # the figure that decides which checkpoint is best
+    train.patience = 0  # evaluations without a better one before stopping, 0: never
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that share a batch, -1 for all
+    return config

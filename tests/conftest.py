@@ -1,0 +1,21 @@
+"""Strict numerics for every test: what is silent in use is an error here."""
+
+import os
+
+# Two virtual devices, so that what depends on sharding is met on any machine. Set
+# before jax is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator of fixed seed."""
+    return np.random.default_rng(0)

@@ -1,0 +1,128 @@
+"""The layers against lax, against NumPy, and against their own definition."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unet_jax import layers
+from unet_jax.types import InputError
+
+
+def _random(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (7, 5), (4, 6, 5)])
+def test_max_pool_equals_reduce_window_in_value_and_gradient(rng, size):
+    # Integers, so that ties are common: the first maximum must take the gradient.
+    x = jnp.asarray(rng.integers(0, 3, (2, *size, 3)), jnp.float32)
+    window = (2,) * len(size)
+    ours, back = jax.vjp(layers.max_pool, x)
+    theirs, lax_back = jax.vjp(lambda x: nn.max_pool(x, window, window), x)
+    chex.assert_trees_all_equal(ours, theirs)
+    g = _random(rng, *ours.shape)
+    chex.assert_trees_all_equal(back(g), lax_back(g))
+
+
+def test_max_pool_keeps_nan_and_axes_of_one():
+    x = jnp.asarray([[1.0, jnp.nan, 3.0, 2.0]]).reshape(1, 1, 4, 1)
+    out = layers.max_pool(x)
+    chex.assert_shape(out, (1, 1, 2, 1))
+    assert np.isnan(out[0, 0, 0, 0]) and out[0, 0, 1, 0] == 3.0
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_up_conv_is_the_transposed_convolution(rng, rank):
+    x = _random(rng, 2, *(4, 3, 5)[:rank], 6)
+    module = layers.UpConv(features=4)
+    variables = module.init(jax.random.key(0), x)
+    kernel = variables["params"]["kernel"]
+    chex.assert_shape(kernel, (*(2,) * rank, 6, 4))
+    variables["params"]["bias"] = _random(rng, 4)
+    # lax lets tap k - 1 - i fill pixel 2 y + i, hence the flip.
+    flipped = jnp.flip(kernel, tuple(range(rank)))
+    spec = ("NHWC", "HWIO", "NHWC") if rank == 2 else ("NDHWC", "DHWIO", "NDHWC")
+    expected = jax.lax.conv_transpose(
+        x, flipped, (2,) * rank, "VALID", dimension_numbers=spec
+    )
+    bias = variables["params"]["bias"].reshape((1,) * (rank + 1) + (4,))
+    chex.assert_trees_all_close(module.apply(variables, x), expected + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (1, 5), (3, 2, 4)])
+def test_linear_upsampling_equals_image_resize(rng, size):
+    x = _random(rng, 2, *size, 3)
+    shape = (2, *(2 * n for n in size), 3)
+    expected = jax.image.resize(x, shape, "linear")
+    chex.assert_trees_all_close(layers.double_linear(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (1, 5), (3, 2, 4)])
+def test_aligned_upsampling_equals_interpolation_between_the_corners(rng, size):
+    x = _random(rng, 2, *size, 3)
+    expected = np.asarray(x, np.float64)
+    for axis, n in enumerate(size, start=1):
+        at = np.linspace(0, n - 1, 2 * n)
+        expected = np.apply_along_axis(
+            lambda row, at=at: np.interp(at, np.arange(len(row)), row), axis, expected
+        )
+    out = layers.double_linear_aligned(x)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_nearest_upsampling_repeats(rng):
+    x = _random(rng, 1, 2, 3, 1)
+    out = layers.double_nearest(x)
+    np.testing.assert_array_equal(out, np.asarray(x).repeat(2, 1).repeat(2, 2))
+
+
+def test_crop_begins_at_half_the_surplus_and_align_splits_as_pytorch_does():
+    x = jnp.arange(7.0).reshape(1, 7, 1, 1)
+    np.testing.assert_array_equal(layers.crop(x, (4, 1)).ravel(), [1, 2, 3, 4])
+    out = layers.align(x[:, :4], (7, 1))
+    np.testing.assert_array_equal(out.ravel(), [0, 0, 1, 2, 3, 0, 0])
+    np.testing.assert_array_equal(layers.align(x, (4, 1)).ravel(), [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("pads", [((0, 0), (2, 3)), ((5, 9), (0, 1)), ((0, 0), (0, 0))])
+def test_mirror_is_the_same_on_host_and_device(rng, pads):
+    x = np.asarray(rng.integers(0, 255, (2, 3, 4, 1)), np.uint8)
+    host = layers.mirror(x, pads)
+    assert host.dtype == np.uint8
+    np.testing.assert_array_equal(host, layers.mirror(jnp.asarray(x), pads))
+
+
+def test_mirror_does_not_repeat_the_border():
+    row = layers.mirror(np.arange(4), ((2, 3),), axis=0)
+    np.testing.assert_array_equal(row, [2, 1, 0, 1, 2, 3, 2, 1, 0])
+
+
+@pytest.mark.parametrize("kind", ["batch", "instance", "group", "none"])
+def test_norms_keep_the_type_and_normalise(rng, kind):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers.norm_factory(kind, train=True, groups=2)(name="norm")(x)
+
+    x = (3.0 + 2.0 * _random(rng, 4, 8, 8, 4)).astype(jnp.bfloat16)
+    out, _ = Net().init_with_output(jax.random.key(0), x)
+    assert out.dtype == jnp.bfloat16
+    if kind == "none":
+        chex.assert_trees_all_equal(out, x)
+        return
+    axes = {"batch": (0, 1, 2), "instance": (1, 2), "group": (1, 2, 4)}[kind]
+    value = np.asarray(out, np.float64)
+    if kind == "group":
+        value = value.reshape(4, 8, 8, 2, 2)
+    np.testing.assert_allclose(value.mean(axes), 0.0, atol=5e-3)
+    np.testing.assert_allclose(value.std(axes), 1.0, atol=1e-2)
+
+
+def test_unknown_names_are_refused_with_those_there_are():
+    with pytest.raises(InputError, match="batch"):
+        layers.norm_factory("bach", train=True)(name="norm")
+    with pytest.raises(InputError, match="use 2 groups"):
+        layers.norm_factory("group", train=True, groups=8)(name="n")(jnp.ones((1, 6)))

@@ -1,0 +1,317 @@
+"""Checkpoints: complete, asynchronous, the latest and the best kept.
+
+A checkpoint of ``workdir/checkpoints/<step>`` has four items, so that ``predict`` reads
+only what it needs:
+
+    ``variables``  params and batch_stats as trained
+    ``ema``        their average, when it is on
+    ``training``   step, optimizer state, learning-rate scale, key
+    ``meta``       JSON: what the run is (model, task, label names, normalisation, the
+                   whole config) and what its loop has decided (`unet_jax.evaluation.Progress`)
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from unet_jax import models
+from unet_jax.models import UNet
+from unet_jax.training import TrainState
+from unet_jax.types import InputError, PyTree, Task
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a run is, as stored with its weights; JSON-able throughout.
+
+    Attributes:
+        model: ``{"name": ..., **fields}`` for `unet_jax.models.build`.
+        task: ``classes`` or ``labels``.
+        label_names: One a channel of the logits.
+        normalisation: See `unet_jax.normalisation`.
+        channels: C of the image.
+        rank: 2 or 3.
+        spacing: Voxel size that volumes are resampled to, or empty.
+        threshold: The probability from which a label counts (task ``labels``).
+        config: The whole config of the run.
+        progress: `unet_jax.evaluation.Progress` as a dict.
+        results: The figures of the evaluation at this step, or empty.
+    """
+
+    model: dict[str, Any]
+    task: Task
+    label_names: tuple[str, ...]
+    normalisation: dict[str, Any]
+    channels: int
+    rank: int
+    spacing: tuple[float, ...] = ()
+    threshold: float = 0.5
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+    results: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, with the format's number."""
+        return {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Meta":
+        """The inverse of `to_json`."""
+        data = {k: _tuples(v) for k, v in data.items() if k != "format"}
+        return cls(**data)
+
+    def build_model(self) -> UNet:
+        """The net of the run."""
+        return models.build(**self.model)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON gives them, made tuples all the way down."""
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return value
+
+
+def _orbax() -> Any:
+    # Orbax reports every save at INFO and warns about choices that are ours on purpose.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import orbax.checkpoint as ocp
+    return ocp
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
+def _manager(workdir: Path) -> Any:
+    ocp = _orbax()
+    managers = ocp.checkpoint_managers
+    # The policy alone forgets the scores when it is opened again, and best_fn alone
+    # deletes the newest step when it is a bad one: both are needed.
+    policy = managers.AnyPreservationPolicy(
+        [managers.LatestN(2), managers.BestN(get_metric_fn=_score, n=1)]
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        best_fn=_score,
+        best_mode="max",
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+    return ocp.CheckpointManager(
+        (workdir / "checkpoints").absolute(),
+        options=options,
+        item_names=("variables", "ema", "training", "meta"),
+    )
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    items = {
+        "variables": {"params": state.params, "batch_stats": state.batch_stats},
+        "training": {
+            "step": state.step,
+            "opt_state": state.opt_state,
+            "lr_scale": state.lr_scale,
+            "key": state.key,
+        },
+    }
+    if state.ema is not None:
+        items["ema"] = state.ema
+    return items
+
+
+def _bytes(state: TrainState) -> int:
+    return sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
+class Checkpoints:
+    """The checkpoints of a workdir; use it as a context, it waits for the last save."""
+
+    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+        self.workdir = Path(workdir)
+        self._manager = _manager(self.workdir)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._manager.close()
+        except Exception as failure:
+            if error is None:
+                raise self._explained(failure) from failure
+
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, None if there is none."""
+        return self._manager.best_step()
+
+    def _explained(self, error: Exception) -> Exception:
+        """An error of a save as a sentence, where the user can mend it."""
+        text = str(error)
+        full = "No space left" in text or getattr(error, "errno", None) == 28
+        full = full or "ENOSPC" in text or "RESOURCE_EXHAUSTED" in text
+        if not full:
+            return error
+        good = self._manager.latest_step()
+        return InputError(
+            f"the disk of {self.workdir} is full and the last checkpoint could not be"
+            f" written: free some space and run the same command again, it goes on"
+            f" from step {good or 0}."
+        )
+
+    def save(self, state: TrainState, meta: Meta, *, score: float) -> None:
+        """Saves in the background; returns once the state has been copied.
+
+        Args:
+            state: What to save; its step names the checkpoint.
+            meta: What the run is and has decided.
+            score: Higher is better; decides which checkpoint is the best.
+
+        Raises:
+            InputError: The disk has no room for it; what is there stays.
+        """
+        ocp = _orbax()
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        need, free = _bytes(state), shutil.disk_usage(self.workdir).free
+        if free < need:
+            raise InputError(
+                f"the disk of {self.workdir} has {free >> 20} MB left and a checkpoint"
+                f" needs up to {(need >> 20) + 1} MB: free some space and run the same"
+                f" command again, it goes on from step {self.latest_step() or 0}."
+            )
+        items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+        items["meta"] = ocp.args.JsonSave(meta.to_json())
+        try:
+            self._manager.save(
+                step, metrics={"score": score}, args=ocp.args.Composite(**items)
+            )
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def wait(self) -> None:
+        """Blocks until the save under way is on disk."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def read_meta(self, step: int) -> Meta:
+        """What the run at ``step`` is, without its weights."""
+        ocp = _orbax()
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return Meta.from_json(self._manager.restore(step, args=args).meta)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state at ``step``.
+
+        Args:
+            step: A step there is.
+            like: A state, or its shapes with shardings, to restore into.
+        """
+        ocp = _orbax()
+        items = {k: ocp.args.StandardRestore(v) for k, v in _items(like).items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return like.replace(
+            **found.variables,
+            **found.training,
+            ema=found.ema if like.ema is not None else None,
+        )
+
+    def restore_variables(self, step: int) -> PyTree:
+        """``{"params", "batch_stats"}`` to predict with: the average if there is one.
+
+        NumPy arrays, whatever devices the run had.
+        """
+        ocp = _orbax()
+        present = (self.workdir / "checkpoints" / str(step) / "ema").exists()
+        item = "ema" if present else "variables"
+        meta = self._manager.item_metadata(step)[item]
+        tree = getattr(meta, "tree", meta)
+        target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+        return self._manager.restore(step, args=args)[item]
+
+
+def check_same_run(stored: Meta, now: Meta, workdir: str | os.PathLike[str]) -> None:
+    """Refuses to resume a workdir with another model.
+
+    Raises:
+        InputError: Names the first difference and the remedy.
+    """
+    for field in ("model", "task", "label_names", "channels", "rank"):
+        old, new = (
+            json.loads(json.dumps(getattr(meta, field))) for meta in (stored, now)
+        )
+        if old == new:
+            continue
+        if isinstance(old, dict):
+            keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+            field = f"{field}.{keys[0]}"
+            old, new = old.get(keys[0]), new.get(keys[0])
+        raise InputError(
+            f"the workdir {os.fspath(workdir)} holds a run with {field} = {old!r}, and"
+            f" this config says {new!r}: use another --workdir, or delete that one."
+        )
+
+
+def load_for_inference(
+    workdir: str | os.PathLike[str], *, which: str = "best"
+) -> tuple[UNet, PyTree, Meta, int]:
+    """The net of a workdir, ready to predict; needs nothing but the workdir.
+
+    Args:
+        workdir: Where train.py wrote.
+        which: ``best`` or ``latest``, or a step.
+
+    Returns:
+        ``(model, variables, meta, step)``.
+
+    Raises:
+        InputError: No checkpoint there.
+    """
+    path = Path(workdir)
+    if not any((path / "checkpoints").glob("*/_CHECKPOINT_METADATA")):
+        raise InputError(
+            f"there is no checkpoint in {path}: give the --workdir of a run of train.py"
+            " that has saved at least once."
+        )
+    with Checkpoints(path) as checkpoints:
+        steps = {"best": checkpoints.best_step(), "latest": checkpoints.latest_step()}
+        step = steps[which] if which in steps else int(which)
+        if step is None or not (path / "checkpoints" / str(step)).exists():
+            raise InputError(f"there is no checkpoint {which} in {path}: use best.")
+        meta = checkpoints.read_meta(step)
+        variables = checkpoints.restore_variables(step)
+    return meta.build_model(), variables, meta, step

@@ -1,0 +1,311 @@
+"""The console command ``unet-jax``: predict and evaluate with a trained workdir.
+
+A user's mistake ends in one sentence on stderr and exit status 2. Everything heavy is
+imported by the subcommand that needs it, so that ``--help`` answers at once.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unet_jax.checkpoint import Meta
+    from unet_jax.predict_files import Job
+
+_VALUES = """\
+What is written, in the size of the input:
+  IMAGE.png            of a 2-D image; IMAGE.tif of a stack; IMAGE.nii.gz of a NIfTI
+                       volume, with its affine and header
+  values               class ids; of two classes, and of a label, 0 and 255 so that
+                       viewers show them (in NIfTI 0 and 1)
+  IMAGE_NAME.png       one file a label, for a run with several labels (task "labels")
+  IMAGE_probability.npy   float32 [height, width, classes], with --probabilities
+  IMAGE_overlay.png    the label drawn on the image, with --overlay
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: The arguments; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a user's mistake.
+    """
+    arguments = _parser().parse_args(argv)
+    from unet_jax.types import InputError
+
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        sys.stdout.flush()
+        print(f"unet-jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("unet-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from unet_jax import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="unet-jax", description="Predict and evaluate with a trained U-Net."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_predict(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add_predict(commands: Any) -> None:
+    command = commands.add_parser(
+        "predict",
+        help="segment files with a trained net",
+        description="Segments files with the net of a workdir; needs nothing else.",
+        epilog=_VALUES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_workdir(command)
+    add = command.add_argument
+    add("images", nargs="+", metavar="IMAGES", help="files, folders or quoted globs")
+    add("--out", required=True, metavar="DIR", help="folder to write to")
+    add(
+        "--tile",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="work through larger images in tiles of this size (0: never)",
+    )
+    add(
+        "--overlap",
+        type=float,
+        default=0.25,
+        metavar="PART",
+        help="part of a tile that overlaps the next, from 0 to below 1 (0.25)",
+    )
+    add(
+        "--batch_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tiles run together (1)",
+    )
+    add("--probabilities", action="store_true", help="write the probabilities as well")
+    add("--overlay", action="store_true", help="write a picture of label on image")
+    command.set_defaults(run=_predict)
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="print the metrics of a data split",
+        description="Measures the net of a workdir on the data it was trained with.",
+    )
+    _add_workdir(command)
+    add = command.add_argument
+    add(
+        "--split",
+        default="evaluation",
+        help="evaluation or train, as in the run's config, or a split such as test or"
+        " 'train[:20%%]' (evaluation)",
+    )
+    add("--root", metavar="DIR", help="where the data is now, if it has moved")
+    add(
+        "--empty",
+        default="skip",
+        choices=("skip", "one", "zero"),
+        help="what the score of a class is where it is neither in the truth nor in the"
+        " prediction: left out, 1 or 0 (skip)",
+    )
+    add("--batch_size", type=int, default=0, metavar="N", help="images run together")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    command.set_defaults(run=_evaluate)
+
+
+def _add_workdir(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--workdir", required=True, metavar="DIR", help="where train.py wrote")
+    add(
+        "--which",
+        type=_which,
+        default="best",
+        help="checkpoint: best, latest or a step (best)",
+    )
+
+
+def _which(text: str) -> str:
+    if text not in ("best", "latest") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not best, latest or a step")
+    return text
+
+
+# --- predict -------------------------------------------------------------------------
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    _say_devices(sys.stdout)
+    from unet_jax.predict import Predictor
+    from unet_jax.predict_files import predict_files
+
+    predictor = Predictor(
+        arguments.workdir,
+        which=arguments.which,
+        tile=arguments.tile,
+        overlap=arguments.overlap,
+        batch_size=arguments.batch_size,
+    )
+    names = ", ".join(predictor.meta.label_names)
+    print(f"{arguments.workdir}: step {predictor.step}, {names}")
+
+    def done(job: "Job") -> None:
+        print(f"{job.path} -> {', '.join(map(str, job.outputs))}", flush=True)
+
+    begin = time.perf_counter()
+    jobs = predict_files(
+        predictor,
+        arguments.images,
+        arguments.out,
+        probabilities=arguments.probabilities,
+        overlay=arguments.overlay,
+        done=done,
+    )
+    print(f"{len(jobs)} file(s) in {time.perf_counter() - begin:.1f} s")
+
+
+# --- evaluate ------------------------------------------------------------------------
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    _say_devices(sys.stderr if arguments.json else sys.stdout)
+    from unet_jax.checkpoint import load_for_inference
+
+    model, variables, meta, step = load_for_inference(
+        arguments.workdir, which=arguments.which
+    )
+    source, split = _open_split(meta, arguments.split, arguments.root)
+    results = _measure(model, variables, meta, source, arguments)
+    if arguments.json:
+        head = {"workdir": arguments.workdir, "step": step, "split": split}
+        finite = {k: v if math.isfinite(v) else None for k, v in results.items()}
+        print(json.dumps({**head, "examples": len(source), "results": finite}))
+        return
+    print(f"{arguments.workdir}: step {step}, {len(source)} examples of {split}")
+    print(table(results, meta.label_names))
+
+
+def _open_split(meta: "Meta", split: str, root: str | None) -> tuple[Any, str]:
+    """The source of a split of the run's data, and the split in words."""
+    from unet_jax import data
+    from unet_jax.types import InputError
+
+    options = dict(meta.config["data"])
+    if root is not None:
+        options["root"] = root
+    if split not in ("train", "evaluation"):
+        options |= {"train": split, "evaluation": split}
+    dataset = data.build(task=meta.task, **options)
+    for what in ("label_names", "channels", "rank"):
+        found, trained = getattr(dataset, what), getattr(meta, what)
+        if found != trained:
+            raise InputError(
+                f"the split {split!r} has {what} = {found} and the run was trained with"
+                f" {trained}: evaluate it on data like its own."
+            )
+    if split == "train":
+        return dataset.train, options["train"]
+    return dataset.evaluation, options["evaluation"]
+
+
+def _measure(
+    model: Any,
+    variables: Any,
+    meta: "Meta",
+    source: Any,
+    arguments: argparse.Namespace,
+) -> dict[str, float]:
+    """What the training run would measure, on however many devices there are here."""
+    from functools import partial
+
+    import jax
+
+    from unet_jax import data, losses, metrics, models, sharding
+    from unet_jax.evaluation import evaluate, make_eval_step
+
+    mesh = sharding.make_mesh()
+    devices = mesh.shape["data"]
+    batch_size = arguments.batch_size
+    if batch_size:
+        sharding.check_batch(mesh, batch_size, "--batch_size")
+    else:
+        wanted = meta.config.get("train", {}).get("eval_batch_size", 1)
+        batch_size = -(-wanted // devices) * devices
+    step = make_eval_step(
+        model,
+        losses.build(task=meta.task, **meta.config["loss"]),
+        task=meta.task,
+        stats=meta.normalisation,
+        threshold=meta.threshold,
+    )
+    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+    found = evaluate(
+        jax.jit(step, in_shardings=(whole, rows), out_shardings=whole),
+        jax.device_put(variables, whole),
+        data.eval_batches(
+            source, batch_size=batch_size, pads=partial(models.pads, model)
+        ),
+        mesh=mesh,
+        task=meta.task,
+        label_names=meta.label_names,
+    )
+    figures = metrics.summarise(
+        found.confusion,
+        task=meta.task,
+        label_names=meta.label_names,
+        empty=arguments.empty,
+    )
+    return {"loss": found.results["loss"], **figures}
+
+
+def table(results: Mapping[str, float], label_names: Sequence[str]) -> str:
+    """The figures of an evaluation as text.
+
+    Args:
+        results: Of `unet_jax.metrics.summarise`, and ``loss``.
+        label_names: The rows.
+
+    Returns:
+        A row a name (pooled scores, then means over images), then the overall figures.
+    """
+    keys = ("dice", "iou", "precision", "recall", "image_dice", "image_iou")
+    width = max(len("mean"), *(len(name) for name in label_names))
+    lines = [" " * width + "".join(f"{key:>12}" for key in keys)]
+    for name in label_names:
+        cells = "".join(f"{results[f'{key}/{name}']:12.4f}" for key in keys)
+        lines.append(f"{name:<{width}}{cells}")
+    means = [f"{results[k]:12.4f}" if k in results else " " * 12 for k in keys]
+    lines += [f"{'mean':<{width}}{''.join(means)}".rstrip(), ""]
+    overall = [k for k in results if "/" not in k and k not in keys]
+    lines += [f"{key:<15}{results[key]:.4f}" for key in overall]
+    inner = [name for name in label_names if name != "background"]
+    counted = "all" if len(inner) == len(label_names) else "all but background"
+    lines.append(
+        f"dice to recall: of all pixels pooled; image_*: mean of the images' own; mean:"
+        f" of {counted}"
+    )
+    return "\n".join(lines)
+
+
+def _say_devices(file: Any) -> None:
+    """The first line: which backend, which device, how many."""
+    import jax
+
+    kind, count = jax.devices()[0].device_kind, len(jax.devices())
+    print(f"{jax.default_backend()}: {kind}, {count} device(s)", file=file, flush=True)

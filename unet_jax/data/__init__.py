@@ -1,0 +1,160 @@
+"""Where examples come from, and in which order: sources, one plan, batches.
+
+``build`` opens the two parts of a data set that a run needs; ``batches.train_batches``
+and ``batches.eval_batches`` turn them into batches. The sources themselves (``cells``,
+``folder``, ``volumes``, ``tfds``) are imported only when they are asked for.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+
+from unet_jax.data.batches import eval_batches, train_batches
+from unet_jax.data.plan import plan
+from unet_jax.data.source import Cached, Checked, Labelled, Source, Standardised
+from unet_jax.normalisation import KINDS
+from unet_jax.types import InputError, Task
+
+__all__ = ["Dataset", "Source", "build", "eval_batches", "plan", "train_batches"]
+
+SOURCES = ("cells", "folder", "volumes", "tfds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The data of a run: two sources whose examples fit one net.
+
+    ``train``, ``evaluation``: examples as the task wants them, always with a weight.
+    ``label_names``: of the K classes or labels that the net predicts.
+    ``channels``, ``rank``, ``dtype``: of every image, as a source gives it out.
+    """
+
+    train: Source
+    evaluation: Source
+    task: Task
+    label_names: tuple[str, ...]
+    channels: int
+    rank: int
+    dtype: np.dtype
+
+
+def build(
+    *,
+    source: str,
+    train: str,
+    evaluation: str,
+    task: Task,
+    root: str = "",
+    normalisation: str = "range",
+    cache_mb: float = 1000,
+    cells: Mapping[str, Any] | None = None,
+    folder: Mapping[str, Any] | None = None,
+    volumes: Mapping[str, Any] | None = None,
+    tfds: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Opens the training and the evaluation part of a data set.
+
+    Args:
+        source: ``cells``, ``folder``, ``volumes`` or ``tfds``.
+        train, evaluation: splits (``data.split``), such as ``train[:80%]`` and
+            ``train[80%:]``.
+        task: ``classes`` or ``labels`` (the background is then no label).
+        root: where the files of ``folder`` and ``volumes`` are; the TFDS directory of
+            ``tfds`` if its options name none; not used by ``cells``.
+        normalisation: ``example`` gives every image mean 0 and standard deviation 1
+            here, at loading; the others leave it as stored, for the compiled step.
+        cache_mb: memory for decoded examples, in 2^20 bytes, training and evaluation
+            together, shared by the number of examples; 0 keeps none.
+        cells, folder, volumes, tfds: options of the source of that name. Those of the
+            chosen source are passed to its ``open``, the others are not looked at.
+
+    Returns:
+        The data set. One example of each part has been read and checked, the others are
+        checked when they are read.
+
+    Raises:
+        InputError: an unknown source, task or normalisation; parts that do not fit each
+            other; and whatever the source finds wrong.
+    """
+    _check_name("source", source, SOURCES)
+    _check_name("task", task, get_args(Task))
+    _check_name("normalisation", normalisation, KINDS)
+    given = {"cells": cells, "folder": folder, "volumes": volumes, "tfds": tfds}
+    options = dict(given[source] or {})
+    if source in ("folder", "volumes"):
+        options["root"] = root
+    elif source == "tfds" and root and not options.get("data_dir"):
+        options["data_dir"] = root
+    module = importlib.import_module(f"unet_jax.data.{source}")
+    parts = [module.open(split=split, **options) for split in (train, evaluation)]
+    for part, split in zip(parts, (train, evaluation), strict=True):
+        if len(part) == 0:
+            raise InputError(
+                f"The split {split!r} of the source {source!r} has no examples: check "
+                "root and the split."
+            )
+    names = _label_names(parts, (train, evaluation), source)
+    first = parts[0][0]["image"]
+    channels, rank = first.shape[-1], first.ndim - 1
+    parts = [
+        Checked(
+            part,
+            channels=channels,
+            rank=rank,
+            dtype=first.dtype,
+            label_names=names,
+        )
+        for part in parts
+    ]
+    if normalisation == "example":
+        parts = [Standardised(part) for part in parts]
+    parts = _cache(parts, cache_mb)
+    parts = [Labelled(part, task=task) for part in parts]
+    dtypes = {part[0]["image"].dtype for part in parts}
+    return Dataset(
+        train=parts[0],
+        evaluation=parts[1],
+        task=task,
+        label_names=parts[0].label_names,
+        channels=channels,
+        rank=rank,
+        dtype=dtypes.pop(),
+    )
+
+
+def _label_names(
+    parts: Sequence[Source], splits: tuple[str, str], source: str
+) -> tuple[str, ...]:
+    """The names of both parts; of two lists that begin alike the longer one.
+
+    A source that finds the classes in the files may not meet the last of them in a
+    small evaluation part; their numbers are the same all the same.
+    """
+    shorter, longer = sorted((tuple(part.label_names) for part in parts), key=len)
+    if longer[: len(shorter)] != shorter:
+        raise InputError(
+            f"The classes of {splits[0]!r} are {', '.join(parts[0].label_names)}, but "
+            f"those of {splits[1]!r} are {', '.join(parts[1].label_names)}: name all "
+            f"of them in data.{source}.label_names."
+        )
+    return longer
+
+
+def _cache(parts: Sequence[Source], megabytes: float) -> Sequence[Source]:
+    if megabytes <= 0:
+        return parts
+    share = len(parts[0]) / (len(parts[0]) + len(parts[1]))
+    return [
+        Cached(parts[0], megabytes * share),
+        Cached(parts[1], megabytes * (1 - share)),
+    ]
+
+
+def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise InputError(
+            f"The {what} {name!r} is not known: choose one of {', '.join(known)}."
+        )

@@ -1,0 +1,244 @@
+"""Batches of examples: random crops for training, whole images for evaluation.
+
+grain runs the work in threads and hands it on in order. Its shuffle, seed, repeat and
+checkpoint are not used: which examples a step sees is ``plan``'s affair alone.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import numpy as np
+
+from unet_jax.data.plan import plan
+from unet_jax.data.source import Source
+from unet_jax.layers import mirror
+from unet_jax.types import Batch, Example, InputError, NumpyArray, Pads, Shape
+
+Arrays = dict[str, NumpyArray]
+"""an example with its weight"""
+
+
+def train_batches(
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    crop: Shape,
+    margin: int | Shape = 0,
+    start: int = 0,
+    rows: slice = slice(None),
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """Endless training batches; batch number s is a pure function of (seed, s).
+
+    Every image is first extended by its mirror image by ``margin`` pixels a side, then,
+    where it is still smaller than ``crop``, on both sides up to it. The weight of a
+    mirrored pixel is 0. A crop begins at ``floor(offset * (size - crop + 1))``.
+
+    Args:
+        source: examples as the task wants them (``source.Labelled``).
+        seed: of the run.
+        batch_size: rows of the whole batch, of all processes together.
+        crop: spatial size in pixels that the net takes in.
+        margin: pixels, one number or one for each axis: half of what a net with valid
+            padding takes off, else 0.
+        start: the first batch's number. Resuming at step k is ``start=k``.
+        rows: this process's rows of each batch.
+        threads: how many read batches ahead; 0 reads in the caller's thread.
+
+    Returns:
+        Batches of NumPy arrays: image ``[B, *crop, C]``, label ``[B, *crop]`` or
+        ``[B, *crop, K]``, weight ``f32`` like label, index ``i32[B]``.
+
+    Raises:
+        InputError: no example at all, a crop of another rank than the images, or one
+            larger than every image. What reading an example raises comes out of the
+            iterator as it is.
+    """
+    margins = (margin,) * len(crop) if isinstance(margin, int) else tuple(margin)
+    _check_crop(source, crop, margins)
+
+    def read(step: int) -> Batch:
+        index, offset = plan(
+            seed,
+            step,
+            examples=len(source),
+            batch_size=batch_size,
+            rank=len(crop),
+        )
+        examples = [
+            _random_crop(source[i], crop, margins, at)
+            for i, at in zip(index[rows].tolist(), offset[rows], strict=True)
+        ]
+        return _stack(examples, index[rows])
+
+    return _run(read, sys.maxsize, start, threads)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    pads: Callable[[Shape], Pads],
+    rows: slice = slice(None),
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """Batches that hold every example exactly once, whole.
+
+    Examples whose padded size is the same share batches, by rising index; sizes follow
+    one another by their first example. The last batch of a size is filled up with rows
+    of zeros, of index -1 and weight 0, so that every batch has ``batch_size`` rows.
+
+    Args:
+        source: examples as the task wants them (``source.Labelled``).
+        batch_size: rows of the whole batch, of all processes together.
+        pads: spatial size -> how many pixels to mirror at each end of each axis. The
+            weight is 0 there.
+        rows: this process's rows of each batch.
+        threads: how many read batches ahead; 0 reads in the caller's thread.
+
+    Returns:
+        Batches of NumPy arrays: image ``[B, *S, C]``, label ``[B, *S]`` or
+        ``[B, *S, K]``, weight ``f32`` like label, index ``i32[B]``.
+
+    Raises:
+        InputError: what reading an example raises, out of the iterator as it is.
+    """
+    shapes: dict[Shape, list[int]] = {}
+    for i in range(len(source)):
+        size = tuple(source.size(i))
+        padded = tuple(n + sum(pad) for n, pad in zip(size, pads(size), strict=True))
+        shapes.setdefault(padded, []).append(i)
+    batches = [
+        members[begin : begin + batch_size]
+        for members in shapes.values()
+        for begin in range(0, len(members), batch_size)
+    ]
+
+    def read(number: int) -> Batch:
+        index = np.full(batch_size, -1)
+        index[: len(batches[number])] = batches[number]
+        examples = []
+        for i in index[rows].tolist():
+            # A filling row needs the shape of its batch, which the first row has.
+            example = source[batches[number][0] if i < 0 else i]
+            arrays = _extend(example, pads(example["image"].shape[:-1]))
+            if i < 0:
+                arrays = {key: np.zeros_like(array) for key, array in arrays.items()}
+            examples.append(arrays)
+        return _stack(examples, index[rows])
+
+    return _run(read, len(batches), 0, threads)
+
+
+def _check_crop(source: Source, crop: Shape, margins: Shape) -> None:
+    if len(source) == 0:
+        raise InputError("The training data has no examples: check its split and root.")
+    largest = (0,) * len(crop)
+    for i in range(len(source)):
+        size = tuple(source.size(i))
+        if len(size) != len(crop):
+            raise InputError(
+                f"The crop {_text(crop)} has {len(crop)} axes, but {source.name(i)} "
+                f"has {len(size)} ({_text(size)}): give one number for each axis."
+            )
+        largest = tuple(map(max, largest, size))
+        if all(n + 2 * m >= c for n, m, c in zip(largest, margins, crop, strict=True)):
+            return
+    mirrored = f" and a mirrored margin of {_text(margins)}" if any(margins) else ""
+    raise InputError(
+        f"The crop {_text(crop)} is larger than every training image (at most "
+        f"{_text(largest)}{mirrored}): choose a smaller crop."
+    )
+
+
+def _random_crop(
+    example: Example, crop: Shape, margins: Shape, offset: NumpyArray
+) -> Arrays:
+    size = example["image"].shape[:-1]
+    pads, begins = [], []
+    for n, c, m, at in zip(size, crop, margins, offset.tolist(), strict=True):
+        short = max(c - n - 2 * m, 0)
+        pads.append((m + short // 2, m + short - short // 2))
+        begins.append(math.floor(at * (n + 2 * m + short - c + 1)))
+    return _extend(example, tuple(pads), begins, crop)
+
+
+def _extend(
+    example: Example,
+    pads: Pads,
+    begins: Sequence[int] | None = None,
+    crop: Shape | None = None,
+) -> Arrays:
+    """Mirrors by ``pads``, then crops; never makes more of the extension than is kept.
+
+    It is the pixels' numbers that are mirrored, one short vector an axis, and not a
+    whole volume of which a crop would keep a hundredth.
+    """
+    size = example["image"].shape[:-1]
+    picks, inside = [], []
+    for axis, (n, pad) in enumerate(zip(size, pads, strict=True)):
+        pick = mirror(np.arange(n), (pad,), axis=0)
+        real = np.arange(-pad[0], n + pad[1])
+        real = (real >= 0) & (real < n)
+        if begins is not None and crop is not None:
+            window = slice(begins[axis], begins[axis] + crop[axis])
+            pick, real = pick[window], real[window]
+        picks.append(pick)
+        inside.append(real)
+    arrays = {key: _take(array, picks) for key, array in cast(Arrays, example).items()}
+    if not all(map(np.all, inside)):
+        frame = functools.reduce(np.logical_and.outer, inside)
+        weight = arrays["weight"]
+        frame = frame.reshape(frame.shape + (1,) * (weight.ndim - frame.ndim))
+        arrays["weight"] = np.where(frame, weight, np.float32(0))
+    return arrays
+
+
+def _take(array: NumpyArray, picks: Sequence[NumpyArray]) -> NumpyArray:
+    if all(np.all(np.diff(pick) == 1) for pick in picks):
+        # Slices copy nothing, and are most of what training asks for.
+        return array[tuple(slice(int(pick[0]), int(pick[-1]) + 1) for pick in picks)]
+    return array[np.ix_(*picks)]
+
+
+def _stack(examples: Sequence[Arrays], index: NumpyArray) -> Batch:
+    return {
+        "image": np.stack([example["image"] for example in examples]),
+        "label": np.stack([example["label"] for example in examples]),
+        "weight": np.stack([example["weight"] for example in examples]),
+        "index": index.astype(np.int32),
+    }
+
+
+class _Batches:
+    """What grain wants to read from: a length, and item i."""
+
+    def __init__(self, read: Callable[[int], Batch], count: int) -> None:
+        self.read, self.count = read, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Batch:
+        return self.read(i)
+
+
+def _run(
+    read: Callable[[int], Batch], count: int, start: int, threads: int
+) -> Iterator[Batch]:
+    if threads == 0:
+        return map(read, range(start, count))
+    import grain
+
+    # A small buffer: grain's default of 64 batches is slow to begin and large.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    batches = grain.MapDataset.source(_Batches(read, count))[start:]
+    return iter(batches.to_iter_dataset(options))
+
+
+def _text(shape: Shape) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,235 @@
+"""What a data source is, and the layers that every source is wrapped in.
+
+A source is a random-access list of examples. It knows nothing about batches, crops,
+epochs, valid padding or the task: ``plan`` and ``batches`` do that for all of them.
+``data.build`` stacks the wrappers in this order::
+
+    Labelled(Cached(Standardised(Checked(source))))
+"""
+
+import threading
+from typing import Protocol, cast
+
+import numpy as np
+
+from unet_jax import normalisation
+from unet_jax.types import Example, InputError, NumpyArray, Shape, Task
+
+
+class Source(Protocol):
+    """A random-access list of examples; safe to read from several threads at once.
+
+    ``label_names``: the names of the class ids 0 .. K-1; id 0 is the background.
+
+    ``source[i]``: the example, NumPy arrays: image ``[*S, C]`` u8, u16 or f32 as
+        stored (any range); label ``[*S]`` class ids of any integer dtype; and, where
+        not all pixels count alike, weight ``f32[*S]`` (0: not counted; the label there
+        may be anything). The caller may not write into the arrays.
+    """
+
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Example: ...
+
+    def name(self, i: int, /) -> str:
+        """The file name, or what else a person knows example i by."""
+        ...
+
+    def size(self, i: int, /) -> Shape:
+        """The spatial shape of example i, found without decoding it if possible."""
+        ...
+
+
+class Wrapper:
+    """A source around another; passes everything through."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.source.label_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int, /) -> Example:
+        return self.source[i]
+
+    def name(self, i: int, /) -> str:
+        return self.source.name(i)
+
+    def size(self, i: int, /) -> Shape:
+        return self.source.size(i)
+
+
+class Checked(Wrapper):
+    """Refuses, by name, an example that would fail later inside a compiled step.
+
+    Args:
+        source: any source.
+        channels, rank, dtype: what every image must have, those of the first example
+            of the training split.
+        label_names: of all classes of the data set, instead of the source's own.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        channels: int,
+        rank: int,
+        dtype: np.dtype,
+        label_names: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(source)
+        self.channels, self.rank, self.dtype = channels, rank, dtype
+        self._label_names = label_names
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self._label_names or self.source.label_names
+
+    def __getitem__(self, i: int, /) -> Example:
+        example = self.source[i]
+        image, label = example["image"], example["label"]
+        name = self.name(i)
+        if image.ndim != self.rank + 1:
+            raise InputError(
+                f"{name} has {image.ndim - 1} spatial axes, but the first training "
+                f"image has {self.rank}: keep 2-D images and volumes apart."
+            )
+        if image.shape[-1] != self.channels:
+            raise InputError(
+                f"{name} has {image.shape[-1]} channels, but the first training image "
+                f"has {self.channels}: set the source's option `channels` to convert "
+                "all of them."
+            )
+        if image.dtype != self.dtype:
+            raise InputError(
+                f"{name} is stored as {image.dtype}, but the first training image as "
+                f"{self.dtype}: convert the files to one type, so that one brightness "
+                "means one thing."
+            )
+        if label.shape != image.shape[:-1]:
+            raise InputError(
+                f"The mask of {name} has the size {_text(label.shape)}, but the image "
+                f"{_text(image.shape[:-1])}: give them the same size."
+            )
+        if image.dtype.kind == "f" and not np.isfinite(image).all():
+            raise InputError(
+                f"{name} has pixels that are NaN or infinite: replace them in the file "
+                "or leave it out."
+            )
+        self._check_label(example, name)
+        return example
+
+    def _check_label(self, example: Example, name: str) -> None:
+        label, classes = example["label"], len(self.label_names)
+        if label.dtype.kind not in "iu":
+            raise InputError(
+                f"The mask of {name} holds {label.dtype} numbers: give class ids as "
+                "whole numbers."
+            )
+        bad = (label < 0) | (label >= classes)
+        if "weight" in example:
+            bad &= example["weight"] > 0
+        if bad.any():
+            value = label[bad].flat[0]
+            raise InputError(
+                f"The mask of {name} has the value {value}, but the {classes} classes "
+                f"{', '.join(self.label_names)} are numbered 0 to {classes - 1}: mend "
+                "the mask or name more classes in `label_names`."
+            )
+
+
+class Standardised(Wrapper):
+    """Images with mean 0 and standard deviation 1 each, as f32.
+
+    The one normalisation that is done at loading: a crop does not know the statistics
+    of the volume it was cut from.
+    """
+
+    def __getitem__(self, i: int, /) -> Example:
+        example = self.source[i].copy()
+        example["image"] = normalisation.standardise(example["image"])
+        return example
+
+
+class Cached(Wrapper):
+    """Keeps decoded examples in memory, first come first kept, up to a budget.
+
+    What is kept is never dropped: with an epoch's random order, dropping the oldest
+    would miss almost every time on a data set slightly larger than the budget.
+
+    Args:
+        source: any source whose examples are always the same.
+        megabytes: the budget in 2^20 bytes, 0 or more.
+    """
+
+    def __init__(self, source: Source, megabytes: float) -> None:
+        super().__init__(source)
+        self._left = int(megabytes * 2**20)
+        self._kept: dict[int, Example] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, i: int, /) -> Example:
+        found = self._kept.get(i)
+        if found is not None:
+            return found
+        example = self.source[i]
+        arrays = cast(dict[str, NumpyArray], example).values()
+        size = sum(array.nbytes for array in arrays)
+        with self._lock:
+            if i not in self._kept and size <= self._left:
+                self._left -= size
+                for array in arrays:
+                    array.flags.writeable = False
+                self._kept[i] = example
+        return example
+
+
+class Labelled(Wrapper):
+    """Examples as the task wants them, always with a weight.
+
+    Args:
+        source: any source; its label is class ids 0 .. K-1, of which 0 is background.
+        task: ``classes`` keeps the ids, label ``[*S]``; ``labels`` gives one plane of
+            zeros and ones for each id but 0, label ``u8[*S, K-1]``, and names K-1.
+
+    Raises:
+        InputError: ``labels`` with no class beside the background.
+    """
+
+    def __init__(self, source: Source, *, task: Task) -> None:
+        super().__init__(source)
+        if task == "labels" and len(source.label_names) < 2:
+            raise InputError(
+                f"The data has no class but {', '.join(source.label_names)}, which "
+                "the task `labels` counts as background: name a second one in "
+                "`label_names`."
+            )
+        self.task = task
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        names = self.source.label_names
+        return names if self.task == "classes" else names[1:]
+
+    def __getitem__(self, i: int, /) -> Example:
+        example = self.source[i]
+        label, weight = example["label"], example.get("weight")
+        if weight is None:
+            weight = np.ones(label.shape, np.float32)
+        if self.task == "labels":
+            ids = np.arange(1, len(self.source.label_names))
+            label = (label[..., None] == ids).astype(np.uint8)
+            weight = np.broadcast_to(weight[..., None], label.shape)
+        return {"image": example["image"], "label": label, "weight": weight}
+
+
+def _text(shape: Shape) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,210 @@
+"""Evaluation: the step that counts, the sum over a data set, and what follows from it.
+
+Every example counts once, whole, and everything is divided once at the end.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from unet_jax import metrics, sharding
+from unet_jax.layers import crop
+from unet_jax.models import UNet
+from unet_jax.normalisation import Stats, normalise
+from unet_jax.training import fit
+from unet_jax.types import Array, Batch, InputError, LossFn, NumpyArray, PyTree, Task
+
+
+def make_eval_step(
+    model: UNet,
+    loss_fn: LossFn,
+    *,
+    task: Task,
+    stats: Stats,
+    threshold: float = 0.5,
+) -> Callable[[PyTree, Batch], dict[str, Array]]:
+    """The evaluation step.
+
+    Args:
+        model: The net.
+        loss_fn: ``(logits, label, weight) -> f32[B]``.
+        task: ``classes`` or ``labels``.
+        stats: The normalisation.
+        threshold: The probability from which a label counts as predicted.
+
+    Returns:
+        ``(variables, batch) -> stats``, one row an example: ``loss`` f32[B],
+        ``confusion`` i32[B, ...], and ``prediction``, i32 like the label. The host
+        drops rows of index -1, adds, and divides once.
+    """
+
+    def step(variables: PyTree, batch: Batch) -> dict[str, Array]:
+        image = normalise(batch["image"], stats)
+        logits, _ = model.apply(variables, image, train=False)
+        label, weight = fit(
+            {"label": batch["label"].astype(np.int32), "weight": batch["weight"]},
+            logits,
+        )
+        counts = metrics.confusion(
+            logits, label, weight, task=task, threshold=threshold
+        )
+        return {
+            "loss": loss_fn(logits, label, weight),
+            "confusion": counts,
+            "prediction": metrics.decide(logits, task=task, threshold=threshold),
+        }
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What came out of a data set.
+
+    Attributes:
+        results: ``loss`` (mean over examples) and the figures of
+            `unet_jax.metrics.summarise`.
+        index: ``i64[N]``, the examples' numbers in the data set, sorted.
+        confusion: ``i64[N, ...]``, each example's counts, in the order of ``index``.
+        loss: ``f64[N]``, likewise.
+        kept: The first few examples for a picture: ``image``, ``label``, ``weight`` and
+            ``prediction`` of the logits' size.
+    """
+
+    results: dict[str, float]
+    index: NumpyArray
+    confusion: NumpyArray
+    loss: NumpyArray
+    kept: list[dict[str, NumpyArray]]
+
+
+def evaluate(
+    eval_step: Callable[[PyTree, Any], Mapping[str, Array]],
+    variables: PyTree,
+    batches: Iterable[Batch],
+    *,
+    mesh: jax.sharding.Mesh,
+    task: Task,
+    label_names: Sequence[str],
+    keep: int = 0,
+) -> Evaluation:
+    """Evaluates every example of ``batches`` once.
+
+    Args:
+        eval_step: A jitted `make_eval_step`.
+        variables: The model's.
+        batches: Host batches (`unet_jax.data.batches.eval_batches`).
+        mesh: Where they are placed.
+        task: ``classes`` or ``labels``.
+        label_names: One a channel of the logits.
+        keep: How many examples to keep for a picture.
+    """
+    index, confusion, loss = [], [], []
+    kept: list[dict[str, NumpyArray]] = []
+    for batch in batches:
+        real = np.asarray(batch["index"]) >= 0
+        out = eval_step(variables, sharding.place(batch, mesh))
+        index.append(np.asarray(batch["index"])[real])
+        confusion.append(np.asarray(out["confusion"])[real].astype(np.int64))
+        loss.append(np.asarray(out["loss"])[real].astype(np.float64))
+        rows = np.flatnonzero(real)[: keep - len(kept)]
+        predictions = np.asarray(out["prediction"]) if len(rows) else np.empty(0)
+        for row in rows:
+            prediction = predictions[row]
+            size = prediction.shape[: batch["image"].ndim - 2]
+            example = {
+                name: crop(np.asarray(batch[name][row]), size, axis=0)
+                for name in ("image", "label", "weight")
+            }
+            kept.append({**example, "prediction": prediction})
+    order = np.argsort(np.concatenate(index), kind="stable")
+    counts = np.concatenate(confusion)[order]
+    losses = np.concatenate(loss)[order]
+    results = {"loss": float(losses.mean())}
+    results |= metrics.summarise(counts, task=task, label_names=tuple(label_names))
+    return Evaluation(results, np.concatenate(index)[order], counts, losses, kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What the loop has decided from evaluations so far; JSON-able, in the checkpoint.
+
+    Attributes:
+        best: The best score yet (higher is better), None before the first.
+        best_step: Where it was.
+        since_best: Evaluations since.
+        plateau_best: The lowest watched value of reduce-on-plateau.
+        plateau_since: Evaluations that have not bettered it.
+        lr_scale: What the learning rate is scaled by.
+    """
+
+    best: float | None = None
+    best_step: int = 0
+    since_best: int = 0
+    plateau_best: float | None = None
+    plateau_since: int = 0
+    lr_scale: float = 1.0
+
+    def after(
+        self,
+        step: int,
+        score: float,
+        *,
+        watched: float | None = None,
+        factor: float = 0.5,
+        patience: int = 10,
+    ) -> "Progress":
+        """The decisions after one more evaluation.
+
+        Args:
+            step: The step evaluated.
+            score: Higher is better; NaN never is.
+            watched: The value that reduce-on-plateau wants to see fall (the validation
+                loss), or None when it is off. As in PyTorch's ReduceLROnPlateau, an
+                improvement is one of 1e-4 of the value, and the rate is reduced when
+                more than ``patience`` evaluations in a row brought none.
+            factor: What the rate is multiplied by.
+            patience: See ``watched``.
+        """
+        better = self.best is None or score > self.best
+        new = dataclasses.replace(
+            self,
+            best=score if better else self.best,
+            best_step=step if better else self.best_step,
+            since_best=0 if better else self.since_best + 1,
+        )
+        if watched is None:
+            return new
+        lowest = self.plateau_best
+        if lowest is None or watched < lowest - 1e-4 * abs(lowest):
+            return dataclasses.replace(new, plateau_best=watched, plateau_since=0)
+        since = self.plateau_since + 1
+        if since > patience:
+            return dataclasses.replace(
+                new, plateau_since=0, lr_scale=self.lr_scale * factor
+            )
+        return dataclasses.replace(new, plateau_since=since)
+
+
+def score_of(results: Mapping[str, float], monitor: str) -> float:
+    """The value that decides which evaluation is best, higher being better.
+
+    Args:
+        results: An evaluation's figures.
+        monitor: A key of ``results``; ``loss`` counts negative.
+
+    Raises:
+        InputError: No such figure.
+    """
+    if monitor not in results:
+        raise InputError(
+            f"train.monitor = {monitor!r} is not measured:"
+            f" use one of {sorted(results)}."
+        )
+    value = float(results[monitor])
+    if value != value:
+        return float("-inf")
+    return -value if monitor == "loss" else value

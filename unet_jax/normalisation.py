@@ -1,0 +1,100 @@
+"""From stored pixels to what the net sees: the first operation of every compiled step.
+
+A run's normalisation is JSON-able and stored in its checkpoint: ``{"kind": ...,
+"dtype": ..., "shift": (...), "scale": (...)}``, a number a channel, applied as
+``(x - shift) * scale`` to pixels of that dtype.
+
+Kinds:
+    ``range``     integers by the range of their type, so that white is 1; floats as is
+    ``standard``  zero mean and unit deviation over the training split
+    ``example``   each image or volume by its own mean and deviation, when it is loaded
+                  (for MR intensities without a unit, or brightness that means nothing)
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from unet_jax.types import Array, InputError, NumpyArray
+
+KINDS = ("range", "standard", "example")
+Stats = Mapping[str, Any]
+
+
+def measure(kind: str, images: Iterable[NumpyArray]) -> dict[str, Any]:
+    """The statistics of a data set.
+
+    Args:
+        kind: One of `KINDS`.
+        images: The training images ``[*S, C]``; ``range`` and ``example`` read the
+            first one only.
+
+    Returns:
+        ``{"kind", "dtype", "shift", "scale"}``, JSON-able; ``dtype`` is the name of
+        the images' type as stored.
+
+    Raises:
+        InputError: An unknown kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"data.normalisation = {kind!r}: use one of {list(KINDS)}.")
+    images = iter(images)
+    first = next(images)
+    channels, dtype = first.shape[-1], first.dtype.name
+    if kind != "standard":
+        whole = kind == "range" and np.issubdtype(first.dtype, np.integer)
+        scale = 1.0 / float(np.iinfo(first.dtype).max) if whole else 1.0
+        return {
+            "kind": kind,
+            "dtype": dtype,
+            "shift": (0.0,) * channels,
+            "scale": (scale,) * channels,
+        }
+    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
+    for image in (first, *images):
+        flat = image.reshape(-1, channels).astype(np.float64)
+        count += len(flat)
+        total += flat.sum(0)
+        squares += (flat**2).sum(0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
+    return {
+        "kind": kind,
+        "dtype": dtype,
+        "shift": tuple(float(m) for m in mean),
+        "scale": tuple(float(1 / d) for d in deviation),
+    }
+
+
+def standardise(image: NumpyArray) -> NumpyArray:
+    """One image by its own mean and deviation, per channel: the kind ``example``.
+
+    Args:
+        image: ``[*S, C]`` of any dtype.
+
+    Returns:
+        ``f32[*S, C]`` of mean 0 and deviation 1; a constant channel becomes 0.
+    """
+    axes = tuple(range(image.ndim - 1))
+    image = image.astype(np.float64)
+    mean = image.mean(axes, keepdims=True)
+    deviation = image.std(axes, keepdims=True)
+    return ((image - mean) / np.where(deviation > 0, deviation, 1)).astype(np.float32)
+
+
+def normalise(image: Array, stats: Stats) -> Array:
+    """Stored pixels to the net's input; runs inside the compiled function.
+
+    Args:
+        image: ``[B, *S, C]`` as stored.
+        stats: What `measure` returned.
+
+    Returns:
+        ``f32[B, *S, C]``.
+    """
+    shape = (1,) * (image.ndim - 1) + (-1,)
+    shift = jnp.asarray(stats["shift"], jnp.float32).reshape(shape)
+    scale = jnp.asarray(stats["scale"], jnp.float32).reshape(shape)
+    return (image.astype(jnp.float32) - shift) * scale

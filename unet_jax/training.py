@@ -1,0 +1,231 @@
+"""The training step as a pure function of data.
+
+``make_train_step`` closes over what does not change (model, optimizer, loss,
+augmentation) and returns ``(state, batch) -> (state, stats)``. `TrainState` is data
+only. All randomness is ``fold_in`` of the state's key, its step and an example's index.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from unet_jax.layers import crop
+from unet_jax.models import UNet
+from unet_jax.normalisation import Stats, normalise
+from unet_jax.types import Array, AugmentFn, Batch, LossFn, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+        step: ``i32[]``, updates done. It is also the position in the data.
+        params: The parameters, float32.
+        batch_stats: Running statistics of batch normalisation, or empty.
+        opt_state: The optimizer's.
+        ema: ``{"params", "batch_stats"}`` averaged over steps, or None when off.
+        lr_scale: ``f32[]``, what reduce-on-plateau has made of the learning rate.
+        key: The run's key; constant.
+    """
+
+    step: Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    ema: PyTree | None
+    lr_scale: Array
+    key: Array
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What ``model.apply`` takes for evaluation: the average where there is one."""
+        if self.ema is not None:
+            return dict(self.ema)
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def init_state(
+    model: UNet,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    image_shape: tuple[int, ...],
+    ema: bool = False,
+) -> TrainState:
+    """A state at step 0.
+
+    Args:
+        model: The net.
+        tx: The optimizer.
+        seed: Of parameters and of all later randomness.
+        image_shape: ``[B, *S, C]`` of a batch; only its rank and C matter.
+        ema: Whether to keep an average of the parameters.
+    """
+    key, init_key = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, jnp.zeros(image_shape, jnp.float32))
+    params = variables["params"]
+    stats = variables.get("batch_stats", {})
+    average = {"params": params, "batch_stats": stats} if ema else None
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=stats,
+        opt_state=tx.init(params),
+        # A copy, because a donated state may not hold one buffer twice.
+        ema=jax.tree.map(jnp.copy, average),
+        lr_scale=jnp.ones((), jnp.float32),
+        key=key,
+    )
+
+
+def fit(batch: Mapping[str, Array], logits: Array) -> tuple[Array, Array]:
+    """Label and weight cut to the logits' size (a valid net's are smaller)."""
+    size = logits.shape[1:-1]
+    return crop(batch["label"], size), crop(batch["weight"], size)
+
+
+def _any_weight(weight: Array) -> Array:
+    """``f32[B]``: 1 for an example of which anything counts."""
+    return jnp.any(weight > 0, axis=tuple(range(1, weight.ndim))).astype(jnp.float32)
+
+
+def _microbatch(batch: Batch, accumulate: int) -> Any:
+    """``[B, ...]`` -> ``[accumulate, B / accumulate, ...]``, rows taken in strides.
+
+    Strided, so that each device keeps its own rows: contiguous microbatches would
+    gather the whole batch.
+    """
+
+    def split(x: Array) -> Array:
+        rows = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
+        return rows.swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def make_train_step(
+    model: UNet,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    augment_fn: AugmentFn | None = None,
+    *,
+    stats: Stats,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The training step.
+
+    The gradient is that of the sum of the examples' losses over the number of examples
+    that have any weight, divided once, after accumulation.
+
+    Args:
+        model: The net.
+        tx: The optimizer.
+        loss_fn: ``(logits, label, weight) -> f32[B]``.
+        augment_fn: ``(key, example) -> example``, applied inside, or None.
+        stats: The normalisation (`unet_jax.normalisation.measure`).
+        accumulate: Microbatches a batch is worked through in; divides the batch.
+        ema_decay: Of the parameters' average; 0 for none. Early steps average over
+            fewer: the decay is at most ``(1 + step) / (10 + step)``.
+
+    Returns:
+        ``(state, batch) -> (state, stats)``, to be jitted with the state donated.
+        ``stats`` has sums: ``loss`` and ``count`` (examples), and ``grad_norm``.
+    """
+
+    def prepare(key: Array, batch: Any) -> Any:
+        example = {
+            "image": normalise(batch["image"], stats),
+            "label": batch["label"].astype(jnp.int32),
+            "weight": batch["weight"].astype(jnp.float32),
+        }
+        if augment_fn is None:
+            return example
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        return jax.vmap(augment_fn)(keys, example)
+
+    def objective(
+        params: PyTree, batch_stats: PyTree, batch: Any, key: Array, micro: Array
+    ) -> tuple[Array, tuple[PyTree, Array]]:
+        augment_key, dropout_key = jax.random.split(key)
+        batch = prepare(augment_key, batch)
+        (logits, _), updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.fold_in(dropout_key, micro)},
+        )
+        label, weight = fit(batch, logits)
+        counted = _any_weight(weight)
+        loss = jnp.sum(loss_fn(logits, label, weight) * counted)
+        return loss, (updated.get("batch_stats", batch_stats), jnp.sum(counted))
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def accumulated(state: TrainState, batch: Batch, key: Array) -> Any:
+        def one(carry: Any, xs: Any) -> tuple[Any, None]:
+            batch_stats, sums = carry
+            micro, rows = xs
+            (loss, (batch_stats, count)), grads = gradient(
+                state.params, batch_stats, rows, key, micro
+            )
+            sums = jax.tree.map(jnp.add, sums, (loss, count, grads))
+            return (batch_stats, sums), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = (zero, zero, jax.tree.map(jnp.zeros_like, state.params))
+        rows = _microbatch(batch, accumulate)
+        numbers = jnp.arange(accumulate, dtype=jnp.int32)
+        (batch_stats, sums), _ = jax.lax.scan(
+            one, (state.batch_stats, zeros), (numbers, rows)
+        )
+        return batch_stats, *sums
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        if accumulate == 1:
+            first = jnp.zeros((), jnp.int32)
+            (loss, (batch_stats, count)), grads = gradient(
+                state.params, state.batch_stats, batch, key, first
+            )
+        else:
+            batch_stats, loss, count, grads = accumulated(state, batch, key)
+        share = 1.0 / jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g * share, grads)
+        # optax's Adam mixes integer counts with floats on purpose.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: u * state.lr_scale, updates)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            now = state.step.astype(jnp.float32)
+            decay = jnp.minimum(jnp.float32(ema_decay), (1.0 + now) / (10.0 + now))
+            new = {"params": params, "batch_stats": batch_stats}
+            ema = jax.tree.map(lambda a, b: a * decay + b * (1.0 - decay), ema, new)
+        stats = {"loss": loss, "count": count, "grad_norm": optax.tree.norm(grads)}
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=ema,
+        )
+        return state, stats
+
+    return step
+
+
+def is_due(step: int, every: int, total: int) -> bool:
+    """Whether something that happens ``every`` steps happens after step ``step``.
+
+    Steps count from 1 to ``total``; the last one is always due. ``every = 0`` is never,
+    but for the last.
+    """
+    return step == total or (every > 0 and step % every == 0)
