@@ -6,12 +6,12 @@ The same command again goes on where the run was stopped. ``--dry_run`` prints t
 and the memory of its compiled step and stops there.
 """
 
-import collections
+import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
+import re
 import signal
 import sys
 import time
@@ -38,15 +38,9 @@ from unet_jax import (
 )
 from unet_jax.checkpoint import Checkpoints, Meta, check_same_run
 from unet_jax.evaluation import Evaluation, Progress, evaluate, make_eval_step, score_of
-from unet_jax.log import RunLog
+from unet_jax.log import Meter, RunLog
 from unet_jax.training import TrainState, init_state, is_due, make_train_step
 from unet_jax.types import InputError
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/default.py", "The config file.", lock_config=True
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Stop before the first step.")
 
 NOT_SCORED = -1e30  # the score of a checkpoint between evaluations: never the best
 
@@ -123,11 +117,13 @@ def build(config: dict[str, Any]) -> Run:
             f"train.accumulate = {train['accumulate']} does not divide"
             f" train.batch_size = {train['batch_size']}: use a divisor of it."
         )
-    if train["accumulate"] > 1 and config["loss"].get("over") == "batch":
-        raise InputError(
-            "loss.over = 'batch' needs the whole batch at once and train.accumulate ="
-            f" {train['accumulate']} splits it: use loss.over=image or accumulate=1."
-        )
+    for key, value in (("over", "batch"), ("normalise", "weights")):
+        if train["accumulate"] > 1 and config["loss"].get(key) == value:
+            raise InputError(
+                f"loss.{key} = {value!r} needs the whole batch at once, and"
+                f" train.accumulate = {train['accumulate']} splits it: use"
+                f" train.accumulate=1 or leave out loss.{key}."
+            )
     task = config["task"]
     loss_fn = losses.build(task=task, **config["loss"])
     augment_fn = augment.build(**config["augment"])
@@ -138,6 +134,7 @@ def build(config: dict[str, Any]) -> Run:
             f" have {dataset.rank}: give one size an axis."
         )
     names = dataset.label_names
+    volumes = config["data"]["volumes"] if config["data"]["source"] == "volumes" else {}
     model = models.build(**config["model"], num_classes=len(names))
     models.output_size(model, train["crop"])
     stats = normalisation.measure(
@@ -152,7 +149,7 @@ def build(config: dict[str, Any]) -> Run:
         normalisation=stats,
         channels=dataset.channels,
         rank=dataset.rank,
-        spacing=config["data"]["volumes"].get("spacing", ()),
+        spacing=volumes.get("spacing", ()),
         threshold=train["threshold"],
         config=config,
     )
@@ -214,67 +211,26 @@ def describe(run: Run) -> None:
     say(report.model_table(run.model, shape, freeze=run.config["optim"]["freeze"]))
 
 
-class Interrupt:
-    """Notes the first SIGTERM or SIGINT; a second one acts as it always does."""
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[str]]:
+    """A list that gets the name of the first SIGTERM or SIGINT to arrive.
 
-    def __init__(self) -> None:
-        self.name = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _: Any) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
-
-
-class Meter:
-    """Adds the steps' sums, a few steps late so that no step waits for its numbers.
-
-    Raises InputError at the first loss or gradient that is not finite.
+    A second one acts as it always does.
     """
+    seen: list[str] = []
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
 
-    def __init__(self, workdir: Path) -> None:
-        self.workdir = workdir
-        self.pending: collections.deque[tuple[int, Any]] = collections.deque()
-        self.loss = self.count = self.grad_norm = 0.0
-        self.begin = time.perf_counter()
+    def note(number: int, _: Any) -> None:
+        seen.append(signal.Signals(number).name)
+        signal.signal(number, before[signal.Signals(number)])
 
-    def add(self, step: int, stats: Any) -> None:
-        self.pending.append((step, stats))
-        while len(self.pending) > 4:
-            self._read(*self.pending.popleft())
-
-    def drain(self) -> None:
-        while self.pending:
-            self._read(*self.pending.popleft())
-
-    def _read(self, step: int, stats: Any) -> None:
-        loss, count, norm = (float(stats[k]) for k in ("loss", "count", "grad_norm"))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise InputError(
-                f"the loss is {loss} and the gradient's norm {norm} at step {step}:"
-                f" the run stops, and {self.workdir} keeps the last good checkpoint;"
-                " try a smaller optim.learning_rate, optim.clip=1, or look for images"
-                " with extreme values."
-            )
-        self.loss, self.count, self.grad_norm = (
-            self.loss + loss,
-            self.count + count,
-            norm,
-        )
-
-    def take(self) -> dict[str, float]:
-        """The means since the last call."""
-        self.drain()
-        seconds = time.perf_counter() - self.begin
-        out = {
-            "loss": self.loss / max(self.count, 1.0),
-            "grad_norm": self.grad_norm,
-            "images_per_second": self.count / seconds,
-        }
-        self.loss = self.count = 0.0
-        self.begin = time.perf_counter()
-        return out
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def compile_step(run: Run, state: Any, batch: Any) -> Any:
@@ -343,67 +299,63 @@ def loop(
     progress: Progress,
     results: dict[str, float],
 ) -> dict[str, float]:
-    """Steps, logs, evaluates, decides and saves until the end; see the module."""
+    """Steps, logs, evaluates, decides and saves, in this order, until the end."""
     train, total = run.config["train"], run.config["train"]["steps"]
-    step = int(state.step)
-    patience = train["patience"]
-    if step >= total or (patience and progress.since_best >= patience):
+    step, patience = int(state.step), train["patience"]
+    stop = bool(patience) and progress.since_best >= patience
+    if step >= total or stop:
         say(f"the run is finished at step {step}: {figures(results)}")
         return results
-    interrupt, meter = Interrupt(), Meter(workdir)
     batches = sharding.prefetch(run.train_batches(step), run.mesh)
     batch = next(batches)
     step_fn = compile_step(run, state, batch)
-    meter.begin = time.perf_counter()
+    meter = Meter(workdir)
     bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
-    while step < total:
-        state, stats = step_fn(state, batch)
-        batch = next(batches)
-        step += 1
-        meter.add(step, stats)
-        bar.update()
-        if is_due(step, train["log_every"], total):
-            means = meter.take()
-            means["learning_rate"] = float(run.schedule(step - 1)) * progress.lr_scale
-            log.scalars("train", step, means)
-            line = (
-                f"loss {means['loss']:.4f}, {means['images_per_second']:.1f} images/s"
-            )
-            bar.set_postfix_str(line)
-            if bar.disable:
-                say(f"step {step}/{total}: {line}")
-        score, stop = NOT_SCORED, False
-        if is_due(step, train["eval_every"], total):
-            meter.drain()
-            results, score = assess(run, workdir, log, state, step)
-            progress = decide(run, progress, step, score, results)
-            scale = np.float32(progress.lr_scale)
-            state = state.replace(
-                lr_scale=jax.device_put(scale, state.lr_scale.sharding)
-            )
-            stop = bool(patience) and progress.since_best >= patience
-            meter.begin = time.perf_counter()
-        stop = stop or bool(interrupt.name)
-        if stop or is_due(step, train["save_every"], total):
-            meter.drain()
-            meta = dataclasses.replace(
-                run.meta, progress=dataclasses.asdict(progress), results=results
-            )
-            checkpoints.save(state, meta, score=score)
-        if stop:
-            break
-    bar.close()
-    checkpoints.wait()
-    if interrupt.name:
-        say(f"{interrupt.name}: saved step {step}; the same command goes on from there")
+    with interruptible() as interrupted, bar:
+        while step < total and not stop:
+            state, stats = step_fn(state, batch)
+            batch = next(batches)
+            step += 1
+            meter.add(step, stats)
+            bar.update()
+            if is_due(step, train["log_every"], total):
+                means = meter.take()
+                rate = float(run.schedule(step - 1)) * progress.lr_scale
+                log.scalars("train", step, {**means, "learning_rate": rate})
+                line = f"loss {means['loss']:.4f}"
+                line += f", {means['images_per_second']:.1f} images/s"
+                bar.set_postfix_str(line)
+                if not sys.stderr.isatty():
+                    say(f"step {step}/{total}: {line}")
+            score = NOT_SCORED
+            if is_due(step, train["eval_every"], total):
+                meter.drain()
+                results, score = assess(run, workdir, log, state, step)
+                progress = decide(run, progress, step, score, results)
+                state = state.replace(
+                    lr_scale=jax.device_put(
+                        np.float32(progress.lr_scale), state.lr_scale.sharding
+                    )
+                )
+                stop = bool(patience) and progress.since_best >= patience
+                meter.restart()
+            stop = stop or bool(interrupted)
+            if stop or is_due(step, train["save_every"], total):
+                meter.drain()
+                meta = dataclasses.replace(
+                    run.meta, progress=dataclasses.asdict(progress), results=results
+                )
+                checkpoints.save(state, meta, score=score)
+        checkpoints.wait()
+    if interrupted:
+        say(f"{interrupted[0]}: saved step {step}; the same command goes on from it")
         raise SystemExit(0)
     if step < total:
-        say(
-            f"stopped early at step {step}: {patience} evaluations without a better one"
-        )
+        say(f"stopped early: {patience} evaluations without a better one")
     say(
-        f"finished at step {step}; best {train['monitor']} {progress.best:.4f} at step"
-        f" {progress.best_step}; checkpoints, logs and pictures are in {workdir}"
+        f"finished at step {step}; best {train['monitor']}"
+        f" {abs(progress.best or 0.0):.4f} at step {progress.best_step};"
+        f" checkpoints, logs and pictures are in {workdir}"
     )
     return results
 
@@ -448,28 +400,58 @@ def decide(
     return new
 
 
+def parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
+    """The config and the workdir that a command line asks for; no workdir: a dry run.
+
+    Raises:
+        InputError: A flag, a file or a key that is wrong.
+    """
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
+        "config", None, "The config file.", flag_values=values
+    )
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Where the run is kept.", flag_values=values
+    )
+    dry_run = flags.DEFINE_bool(
+        "dry_run", False, "Stop before the first step.", flag_values=values
+    )
+    show = flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
+    files = [arg.split("=", 1)[1] for arg in argv if re.match("--?config=", arg)]
+    if not files and "--config" not in argv:
+        default = Path(__file__).parent / "configs" / "default.py"
+        argv = [argv[0], f"--config={default}", *argv[1:]]
+    for name in files:
+        if not Path(name).is_file():
+            raise InputError(f"there is no config file {name}: look into configs/.")
+    wrong = (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError)
+    try:
+        rest = values(argv)
+        config.value["train"]  # a file that did not load says so when it is used
+    except wrong as error:
+        text = str(error).replace("\\n", " ").replace("\\'", "").strip("'\"")
+        text = " ".join(text.split())
+        raise InputError(f"the command line does not work: {text}") from error
+    if show.value:
+        print(__doc__ + values.main_module_help())
+        raise SystemExit(0)
+    if len(rest) > 1:
+        raise InputError(f"{rest[1]!r} is no flag: write --config=FILE --workdir=DIR.")
+    if not workdir.value and not dry_run.value:
+        raise InputError("say where the run should be kept: --workdir=DIR.")
+    return chosen(config.value), None if dry_run.value else workdir.value
+
+
 def main() -> int:
-    """Parses the flags and runs; a user's mistake ends in one sentence, status 2."""
+    """Runs a command line; a user's mistake ends in one sentence and status 2."""
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        rest = flags.FLAGS(sys.argv)
-        if len(rest) > 1:
-            raise InputError(
-                f"{rest[1]!r} is no flag: write --workdir=DIR --config=FILE."
-            )
-        if not WORKDIR.value and not DRY_RUN.value:
-            raise InputError("where should the run be kept? Give --workdir=DIR.")
-        config = chosen(CONFIG.value)
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError) as e:
-        text = " ".join(str(e.args[0] if e.args else e).split())
-        print(f"train.py: error: {text}", file=sys.stderr)
-        return 2
-    devices = jax.devices()
-    say(f"{jax.default_backend()}: {devices[0].device_kind}, {len(devices)} device(s)")
-    try:
-        train_and_evaluate(config, None if DRY_RUN.value else WORKDIR.value)
-    except InputError as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
+        config, workdir = parse(sys.argv)
+        devices = jax.devices()
+        say(f"{jax.default_backend()}: {devices[0].device_kind}, {len(devices)} found")
+        train_and_evaluate(config, workdir)
+    except InputError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -26,7 +26,12 @@ def get_config() -> ConfigDict:
     data.cells = ConfigDict()  # unet_jax.data.cells.open
     data.cells.size = placeholder(tuple)
     data.cells.examples = placeholder(int)
-    data.cells.rank = placeholder(int)
+    data.cells.rank = placeholder(int)  # 2 or 3
+    data.cells.seed = placeholder(int)
+    data.cells.radius = placeholder(tuple)  # of the cells, smallest and largest
+    data.cells.crowding = placeholder(float)
+    data.cells.noise = placeholder(float)
+    data.cells.gap = placeholder(bool)  # a pixel of background between touching cells
     data.folder = ConfigDict()  # unet_jax.data.folder.open
     data.folder.images = placeholder(str)  # a folder under root, or a glob
     data.folder.masks = placeholder(str)
@@ -43,13 +48,17 @@ def get_config() -> ConfigDict:
     data.volumes.label_names = placeholder(tuple)
     data.volumes.channels = placeholder(int)
     data.volumes.spacing = placeholder(tuple)  # resample volumes to this voxel size
+    data.volumes.colors = placeholder(tuple)
     data.volumes.ignore = placeholder(int)
     data.tfds = ConfigDict()  # unet_jax.data.tfds.open
     data.tfds.name = placeholder(str)
     data.tfds.image = placeholder(str)  # names of the features
     data.tfds.mask = placeholder(str)
     data.tfds.label_names = placeholder(tuple)
+    data.tfds.values = placeholder(str)  # what the mask's values are, as folder.mask
     data.tfds.shift = placeholder(int)  # subtracted from mask values
+    data.tfds.ignore = placeholder(int)
+    data.tfds.channels = placeholder(int)
     data.tfds.data_dir = placeholder(str)
     data.tfds.manual_dir = placeholder(str)
 
@@ -59,6 +68,8 @@ def get_config() -> ConfigDict:
     augment.rotate = 0.0  # degrees, either way
     augment.scale = 0.0  # 0.25: by a factor of 1/1.25 to 1.25
     augment.shift = 0.0  # part of the size, either way
+    augment.rotate_3d = placeholder(bool)  # about all three axes
+    augment.probability = placeholder(float)  # of rotation, scale and shift
     augment.brightness = 0.0
     augment.contrast = 0.0
     augment.gamma = 0.0
@@ -92,7 +103,8 @@ def get_config() -> ConfigDict:
     loss.background = placeholder(bool)
     loss.squared = placeholder(bool)
     loss.gamma = placeholder(float)
-    loss.alpha = placeholder(float)
+    loss.focal_alpha = placeholder(tuple)
+    loss.alpha = placeholder(float)  # of tversky
     loss.beta = placeholder(float)
 
     config.optim = optim = ConfigDict()  # unet_jax.optim.build

@@ -16,14 +16,16 @@ ROOT = Path(unet_jax.__file__).parent
 # Each row may import from the rows above it and from nothing else of the package.
 ROWS = [
     {"types"},
+    {"log"},
     {"layers", "losses", "metrics", "warp", "normalisation", "optim", "sharding"},
     {"augment", "data", "encoders", "decoders"},
     {"models"},
-    {"training", "log"},
+    {"training", "pictures", "tiles"},
     {"evaluation", "checkpoint"},
-    {"predict"},
+    {"predict", "overlay"},
     {"predict_files", "report"},
-    {"cli", "__main__", "__init__"},
+    {"cli", "__init__"},
+    {"__main__"},
 ]
 # Used where they are needed, not by whoever imports the package.
 LATE = ["tensorflow_datasets", "torch", "matplotlib", "scipy", "tifffile", "nibabel"]
@@ -69,6 +71,8 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_heavy_packages_are_imported_where_they_are_used(path):
     for name in _imports(path, late=False):
+        if path.name == "isbi2012_tfds.py":  # a TFDS builder: TFDS is its base class
+            continue
         assert name.split(".")[0] not in LATE, f"{path} imports {name} at the top"
     for name in _imports(path, late=True):
         assert name.split(".")[0] not in ("ml_collections", "configs", "tensorflow")
@@ -98,7 +102,7 @@ def _public_functions():
                 yield pytest.param(value, id=f"{info.name}.{name}")
 
 
-@pytest.mark.parametrize("function", _public_functions())
+@pytest.mark.parametrize("function", list(_public_functions()))
 def test_public_functions_are_annotated_and_documented(function):
     assert inspect.getdoc(function)
     signature = inspect.signature(function)
@@ -107,7 +111,7 @@ def test_public_functions_are_annotated_and_documented(function):
         assert parameter.annotation is not inspect.Parameter.empty, name
 
 
-@pytest.mark.parametrize("function", _public_functions())
+@pytest.mark.parametrize("function", list(_public_functions()))
 def test_what_is_random_takes_its_key_first(function):
     names = list(inspect.signature(function).parameters)
     assert "rng" not in names[1:]

@@ -86,7 +86,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(checkpoints._manager, "save", fail)
-        with pytest.raises(InputError, match="full.*goes on from step 1"):
+        with pytest.raises(InputError, match=r"full.*goes on from step 1"):
             checkpoints.save(_state(step=2), META, score=0.2)
         assert checkpoints.latest_step() == 1
 
@@ -108,3 +108,12 @@ def test_meta_is_hashable_where_the_model_needs_it():
     assert meta == META
     assert hash(meta.build_model()) == hash(MODEL)
     assert np.dtype(meta.build_model().dtype) == np.float32
+
+
+def test_a_reader_does_not_sweep_away_what_a_run_is_writing(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(_state(step=1), META, score=0.1)
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    half.mkdir()
+    assert checkpoint.load_for_inference(tmp_path)[3] == 1
+    assert half.exists()

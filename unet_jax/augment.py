@@ -322,8 +322,14 @@ def _rank(example: Example) -> int:
 
 def _map(function: Callable[[Array], Array], example: Example) -> Example:
     """Apply one function to image, label and, if there is one, weight."""
-    keys = [key for key in ("image", "label", "weight") if key in example]
-    return {**example, **{key: function(example[key]) for key in keys}}
+    moved: Example = {
+        **example,
+        "image": function(example["image"]),
+        "label": function(example["label"]),
+    }
+    if "weight" in example:
+        moved["weight"] = function(example["weight"])
+    return moved
 
 
 def _photometric(example: Example, image: Array) -> Example:

@@ -7,7 +7,8 @@ only what it needs:
     ``ema``        their average, when it is on
     ``training``   step, optimizer state, learning-rate scale, key
     ``meta``       JSON: what the run is (model, task, label names, normalisation, the
-                   whole config) and what its loop has decided (`unet_jax.evaluation.Progress`)
+                   whole config) and what its loop has decided (`Progress` of
+                   `unet_jax.evaluation`)
 """
 
 import dataclasses
@@ -98,7 +99,7 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
-def _manager(workdir: Path) -> Any:
+def _manager(workdir: Path, *, read_only: bool) -> Any:
     ocp = _orbax()
     managers = ocp.checkpoint_managers
     # The policy alone forgets the scores when it is opened again, and best_fn alone
@@ -110,8 +111,10 @@ def _manager(workdir: Path) -> Any:
         preservation_policy=policy,
         best_fn=_score,
         best_mode="max",
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
+        # A reader must not sweep away what a run is just writing.
+        cleanup_tmp_directories=not read_only,
+        enable_async_checkpointing=not read_only,
+        read_only=read_only,
     )
     return ocp.CheckpointManager(
         (workdir / "checkpoints").absolute(),
@@ -144,11 +147,18 @@ def _bytes(state: TrainState) -> int:
 
 
 class Checkpoints:
-    """The checkpoints of a workdir; use it as a context, it waits for the last save."""
+    """The checkpoints of a workdir; use it as a context, it waits for the last save.
 
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+    Args:
+        workdir: The run's folder.
+        read_only: Leave everything as it is; a run may be writing there meanwhile.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, read_only: bool = False
+    ) -> None:
         self.workdir = Path(workdir)
-        self._manager = _manager(self.workdir)
+        self._manager = _manager(self.workdir, read_only=read_only)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -307,7 +317,7 @@ def load_for_inference(
             f"there is no checkpoint in {path}: give the --workdir of a run of train.py"
             " that has saved at least once."
         )
-    with Checkpoints(path) as checkpoints:
+    with Checkpoints(path, read_only=True) as checkpoints:
         steps = {"best": checkpoints.best_step(), "latest": checkpoints.latest_step()}
         step = steps[which] if which in steps else int(which)
         if step is None or not (path / "checkpoints" / str(step)).exists():

@@ -40,15 +40,15 @@ INITIALISERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def choose(table: dict[str, Any], key: str, what: str) -> Any:
-    """The entry ``key`` of ``table``.
+def choose(table: dict[str, Any], name: str, what: str) -> Any:
+    """The entry ``name`` of ``table``.
 
     Raises:
         InputError: There is none; the sentence lists those there are.
     """
-    if key not in table:
-        raise InputError(f"{what} {key!r} is not known: use one of {sorted(table)}.")
-    return table[key]
+    if name not in table:
+        raise InputError(f"{what} {name!r} is not known: use one of {sorted(table)}.")
+    return table[name]
 
 
 # --- Geometry ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ returns, so that a killed run loses none, and a resumed run first cuts what the 
 one had logged after the checkpoint it goes on from.
 """
 
+import collections
 import csv
 import errno
 import io
@@ -143,8 +144,11 @@ class _Events:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
-        self.path, self._event = folder, event_pb2.Event
-        self._summary: Any = summary_pb2.Summary
+        # Generated modules, whose names no type checker sees.
+        events: Any = event_pb2
+        summaries: Any = summary_pb2
+        self.path, self._event = folder, events.Event
+        self._summary = summaries.Summary
         resumed = any(folder.glob("events.*"))
         with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +156,7 @@ class _Events:
             suffix = f".{os.getpid()}.{time.monotonic_ns()}"
             self._writer = EventsWriter(str(folder / "events"), suffix)
         if resumed:  # TensorBoard hides what older files say from this step on
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = events.SessionLog(status=events.SessionLog.START)
             self._write(step=resume_step + 1, session_log=start)
 
     def _write(self, **fields: Any) -> None:
@@ -232,3 +236,65 @@ class RunLog:
     def close(self) -> None:
         """Closes the event file; nothing is written afterwards."""
         self._events.close()
+
+
+class Meter:
+    """Adds the steps' sums, a few steps late so that no step waits for its numbers.
+
+    Its methods raise InputError at the first loss or gradient that is not finite.
+
+    Args:
+        workdir: Named in that sentence.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self._workdir = workdir
+        self._pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self._loss = self._count = self._grad_norm = 0.0
+        self._begin = time.perf_counter()
+
+    def restart(self) -> None:
+        """Begins the clock anew, after something that was not training."""
+        self._begin = time.perf_counter()
+
+    def add(self, step: int, stats: Any) -> None:
+        """Takes a step's sums; reads those of a few steps ago."""
+        self._pending.append((step, stats))
+        while len(self._pending) > 4:
+            self._read(*self._pending.popleft())
+
+    def drain(self) -> None:
+        """Reads all there are, so that what is saved next is known to be finite."""
+        while self._pending:
+            self._read(*self._pending.popleft())
+
+    def _read(self, step: int, stats: Any) -> None:
+        loss, count, norm = (float(stats[k]) for k in ("loss", "count", "grad_norm"))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(
+                f"the loss is {loss} and the gradient's norm {norm} at step {step}:"
+                f" the run stops, and {self._workdir} keeps the last good checkpoint;"
+                " try a smaller optim.learning_rate, optim.clip=1, or look for images"
+                " with extreme values."
+            )
+        self._loss, self._count, self._grad_norm = (
+            self._loss + loss,
+            self._count + count,
+            norm,
+        )
+
+    def take(self) -> dict[str, float]:
+        """Loss (mean over examples), gradient norm (the last step's) and speed.
+
+        All since the last call.
+        """
+        self.drain()
+        seconds = time.perf_counter() - self._begin
+        out = {
+            "loss": self._loss / max(self._count, 1.0),
+            "grad_norm": self._grad_norm,
+            "images_per_second": self._count / seconds,
+        }
+        self._loss = self._count = 0.0
+        self.restart()
+        return out

@@ -1,33 +1,28 @@
-"""Pictures of a label on its image, in colours that everybody can tell apart."""
+"""A label drawn on its image, as large as the image."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from unet_jax.data import formats
+from unet_jax.pictures import class_colours
 from unet_jax.types import NumpyArray, Task
 
-# Okabe and Ito's colours, told apart with any kind of colour vision.
-COLOURS = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
 
-
-def draw(image: NumpyArray, label: NumpyArray, *, task: Task) -> NumpyArray:
+def draw(
+    image: NumpyArray, label: NumpyArray, *, task: Task, label_names: Sequence[str]
+) -> NumpyArray:
     """The image in grey or colour with the label as tint and outline.
 
     Args:
         image: ``[*S, C]`` of any dtype, shown from its least to its greatest value;
             three channels in colour, of any other number the first.
-        label: As in `unet_jax.predict.Prediction`. Class 0 is left clear; labels lie
-            over one another in their order.
-        task: ``classes`` or ``labels``.
+        label: As in `unet_jax.predict.Prediction`.
+        task: ``classes`` or ``labels``; labels lie over one another in their order.
+        label_names: Of the classes or labels. ``background`` is left clear, the others
+            have their `unet_jax.pictures.class_colours`.
 
     Returns:
         ``u8[*S, 3]``.
@@ -37,32 +32,30 @@ def draw(image: NumpyArray, label: NumpyArray, *, task: Task) -> NumpyArray:
     low, high = float(shown.min()), float(shown.max())
     shown = (shown - low) * np.float32(255 / max(high - low, 1e-20))
     picture = np.broadcast_to(shown, (*image.shape[:-1], 3)).copy()
-    if task == "classes" or label.ndim == image.ndim - 1:
-        # Of one plane the ids are the colours; of several each plane has its own.
-        layers = [label]
-    else:
-        layers = [plane * (k + 1) for k, plane in enumerate(np.moveaxis(label, -1, 0))]
-    table = np.asarray(COLOURS, np.float32)
-    for ids in layers:
-        colour = table[(ids.astype(np.int64) - 1) % len(COLOURS)]
-        part = np.where(_outline(ids), 1.0, 0.35) * (ids > 0)
+    planes = label if label.ndim == image.ndim else label[..., None]
+    for k, name in enumerate(label_names):
+        if name == "background":
+            continue
+        inside = label == k if task == "classes" else planes[..., k] > 0
+        part = np.where(_outline(inside), np.float32(1), np.float32(0.35)) * inside
         part = part.astype(np.float32)[..., None]
+        colour = class_colours(label_names)[k].astype(np.float32)
         picture = picture * (1 - part) + colour * part
     return np.rint(np.clip(picture, 0, 255)).astype(np.uint8)
 
 
-def _outline(ids: NumpyArray) -> NumpyArray:
-    """Where a pixel differs from one of its four neighbours in the last two axes."""
-    edge = np.zeros(ids.shape, bool)
+def _outline(inside: NumpyArray) -> NumpyArray:
+    """Where a pixel and one of its four neighbours in the last two axes differ."""
+    edge = np.zeros(inside.shape, bool)
     for axis in (-1, -2):
-        differs = np.moveaxis(np.diff(ids.astype(np.int64), axis=axis) != 0, axis, 0)
+        differs = np.moveaxis(np.diff(inside, axis=axis), axis, 0)
         along = np.moveaxis(edge, axis, 0)
         along[:-1] |= differs
         along[1:] |= differs
     return edge
 
 
-def write(path: str | Path, picture: NumpyArray) -> None:
+def write(path: str | os.PathLike[str], picture: NumpyArray) -> None:
     """Writes a picture.
 
     Args:

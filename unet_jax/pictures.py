@@ -93,7 +93,8 @@ def colour_label(
         some = np.asarray(weight) > 0
         void = void | ~(some.any(-1) if some.ndim == 3 else some)
     y, x = np.indices(void.shape)
-    hatch = np.where(((x + y) // 2 % 2 == 0)[..., None], 150, 90).astype(np.uint8)
+    stripe = max(2, max(void.shape) // 64)
+    hatch = np.where(((x + y) // stripe % 2 == 0)[..., None], 150, 90).astype(np.uint8)
     return np.where(void[..., None], hatch, painted).astype(np.uint8)
 
 

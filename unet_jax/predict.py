@@ -251,7 +251,7 @@ class Predictor:
                 functools.partial(self._run, self.variables),
                 padded,
                 cuts,
-                channels=len(self.meta.label_names),
+                channels=self.model.num_classes,
                 batch_size=self.batch_size,
             )
         # A copy: what comes from JAX is read-only, and a view would keep the rest.

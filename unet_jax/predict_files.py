@@ -104,7 +104,7 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     known = ", ".join(s.removeprefix(".") for s in SUFFIXES)
     found: dict[Path, Path] = {}
-    for given in map(os.fspath, inputs):
+    for given in [os.fspath(name) for name in inputs]:
         path = Path(given).expanduser()
         if path.is_dir():
             paths = [p for p in sorted(path.iterdir()) if _is_image(p)]
@@ -219,7 +219,10 @@ def _predict(predictor: Predictor, job: Job) -> None:
         with formats.writable(str(job.probability)):
             np.save(job.probability, probability)
     if job.overlay is not None:
-        overlays.write(job.overlay, overlays.draw(image, label, task=task))
+        picture = overlays.draw(
+            image, label, task=task, label_names=predictor.meta.label_names
+        )
+        overlays.write(job.overlay, picture)
 
 
 def _pages(

@@ -285,8 +285,26 @@ def _draw(axis: Any, series: Mapping[str, Any], title: str) -> None:
     axis.set_title(title)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)
-    if series:
+    if len(series) > 1:
         axis.legend(fontsize="small", ncols=1 + len(series) // 8)
+
+
+def _dice_lines(found: Mapping[str, NumpyArray]) -> dict[str, Any]:
+    """The lines of Dice by class, and of their mean where that is another one."""
+    # As in the pictures, but for the colours that white swallows.
+    shown = ["#{:02x}{:02x}{:02x}".format(*c) for c in (*PALETTE[:4], *PALETTE[5:7])]
+    lines: dict[str, Any] = {}
+    names = [key.removeprefix("dice/") for key in found if key.startswith("dice/")]
+    for i, name in enumerate(n for n in names if n != "background"):
+        dash = ("-", "--", ":", "-.")[i // len(shown) % 4]
+        style = {"color": shown[i % len(shown)], "linestyle": dash}
+        lines[name] = (found["step"], found[f"dice/{name}"], style)
+    if len(lines) != 1 and "dice" in found:
+        lines["mean"] = (found["step"], found["dice"], {"color": "black"})
+    if "background" in names:
+        style = {"color": "#999999"}
+        lines["background"] = (found["step"], found["dice/background"], style)
+    return lines
 
 
 def curves(workdir: str | os.PathLike[str]) -> Path:
@@ -325,20 +343,7 @@ def curves(workdir: str | os.PathLike[str]) -> Path:
     _draw(loss_axis, losses, "loss")
     if _is_steep([value for _, value, _ in losses.values()]):
         loss_axis.set_yscale("log")
-    names = [k for k in found if k.startswith("dice/")]
-    # As in the pictures, but for what would be invisible on white.
-    shown = ["#{:02x}{:02x}{:02x}".format(*c) for c in (*PALETTE[:4], *PALETTE[5:7])]
-    dice = {
-        name.removeprefix("dice/"): (
-            found["step"],
-            found[name],
-            {"color": shown[i % len(shown)], "ls": ("-", "--", ":")[i // 6 % 3]},
-        )
-        for i, name in enumerate(sorted(names, key=lambda k: k == "dice/background"))
-    }
-    if "dice" in found:
-        dice["mean"] = (found["step"], found["dice"], {"color": "black", "lw": 1})
-    _draw(dice_axis, dice, "Dice on the evaluation split")
+    _draw(dice_axis, _dice_lines(found), "Dice on the evaluation split")
     dice_axis.set_ylim(0, 1.02)
     rate = {}
     if "learning_rate" in train:

@@ -49,13 +49,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(mesh: Mesh, batch_size: int, key: str) -> None:
+def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
     """Raises InputError where ``batch_size`` rows do not divide over the devices."""
     devices = mesh.shape["data"]
     if batch_size < 1 or batch_size % devices:
         nearest = max(batch_size // devices, 1) * devices
         raise InputError(
-            f"{key} = {batch_size} does not divide over {devices} devices: use"
+            f"{name} = {batch_size} does not divide over {devices} devices: use"
             f" {nearest} or {nearest + devices}, or mesh.data=1."
         )
 

@@ -159,12 +159,12 @@ def resample(example: Example, field: Array) -> Example:
     if weight is None:
         weight = jnp.ones(example["label"].shape, jnp.float32)
     kept = _gather(weight, tuple(near)) > 0
-    moved = {
+    return {
+        **example,
         "image": linear(example["image"]).astype(example["image"].dtype),
         "label": _gather(example["label"], tuple(near)),
         "weight": jnp.where(kept & _like(inside, weight), linear(weight), 0.0),
     }
-    return {**example, **moved}
 
 
 def _reflect(position: Array, size: int) -> Array:
@@ -184,7 +184,7 @@ def _gather(array: Array, index: tuple[Array, ...]) -> Array:
     flat = index[0]
     for axis in range(1, rank):
         flat = flat * array.shape[axis] + index[axis]
-    table = array.reshape(-1, *array.shape[rank:])
+    table = jnp.asarray(array).reshape(-1, *array.shape[rank:])
     return table.at[flat].get(mode="promise_in_bounds")
 
 

@@ -310,10 +310,10 @@ def _no_mask(
     place: Path,
 ) -> InputError:
     key = missing[0]
-    near = next((m for m in sorted(mask_files) if key in m), None)
+    near = next((m for m in sorted(mask_files) if m.startswith(key)), None)
     more = f" ({len(missing)} of {len(image_files)} images have none)"
     if near is not None:
-        pattern = mask_files[near].name.replace(key, "*")
+        pattern = "*" + mask_files[near].name[len(key) :]
         remedy = f"if {mask_files[near].name} is it, set `masks` to a glob such as "
         remedy += f"'{place.name}/{pattern}'"
     else:

@@ -7,6 +7,7 @@ upright. Every failure of a decoder becomes one sentence.
 """
 
 import contextlib
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,9 +85,11 @@ def load_tiff(
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
+        _check_last_page(tiff, str(path))
         series = tiff.series[0]
         keyframe = series.keyframe
-        axes, palette, source = series.axes, None, series
+        axes, palette = series.axes, None
+        source: Any = series
         if keyframe.photometric == 3 and keyframe.colormap is not None:
             # Palette colour; the entries have 16 bits, the high byte is the colour.
             palette = (np.asarray(keyframe.colormap).T >> 8).astype(np.uint8)
@@ -111,6 +114,7 @@ def tiff_header(path: Path) -> tuple[Shape, str]:
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
+        _check_last_page(tiff, str(path))
         return tuple(tiff.series[0].shape), tiff.series[0].axes
 
 
@@ -163,8 +167,8 @@ def load_pillow(file: Any, name: str) -> Pixels:
         if limit is not None and image.width * image.height > limit:
             raise _too_large(name)
         if image.format == "PNG" and image.tile:
-            raw = image.tile[0].args
-            if isinstance(raw, str) and raw.endswith(";16B") and raw != "I;16B":
+            raw = str(image.tile[0].args)
+            if raw.endswith(";16B") and raw != "I;16B":
                 return _sixteen_bits(image, file, raw)
         else:
             raw = ""
@@ -209,11 +213,29 @@ def _sixteen_bits(image: Any, file: Any, raw: str) -> Pixels:
     return Pixels((high << 8 | low)[..., :3])
 
 
+def _check_last_page(tiff: Any, name: str) -> None:
+    """Refuses a file whose last page points to another one that is not there.
+
+    tifffile only logs that and gives out the pages before.
+    """
+    last, form, file = tiff.pages[-1], tiff.tiff, tiff.filehandle
+    file.seek(last.offset)
+    (tags,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+    file.seek(last.offset + form.tagnosize + tags * form.tagsize)
+    (following,) = struct.unpack(form.offsetformat, file.read(form.offsetsize))
+    if following != 0:
+        raise InputError(
+            f"{name} cannot be read (its page {len(tiff.pages)} is missing): it was "
+            "cut short, so copy or save it anew, or leave it out."
+        )
+
+
 def _tiff_by_pillow(path: Path) -> NumpyArray:
     from PIL import Image, ImageSequence
 
     with Image.open(path) as image:
-        white_is_zero = image.tag_v2.get(262) == 0
+        tags: Any = getattr(image, "tag_v2", {})
+        white_is_zero = tags.get(262) == 0
         pages = []
         for page in ImageSequence.Iterator(image):
             array = np.asarray(page)
@@ -240,4 +262,4 @@ def reason(error: Exception) -> str:
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image of a known format"
     text = str(error).strip().split("\n")[0].rstrip(".")
-    return text[:100] or type(error).__name__
+    return text[:160] or type(error).__name__

@@ -180,8 +180,8 @@ def stored(array: NumpyArray, name: str) -> NumpyArray:
     if not np.isfinite(array).all():
         count = int(array.size - np.isfinite(array).sum())
         raise InputError(
-            f"{name} has {count} pixels that are NaN or infinite: replace them in the "
-            "file or leave it out."
+            f"{name} has NaN or infinite pixels ({count} of {array.size} values): "
+            "replace them in the file or leave it out."
         )
     return array
 

@@ -228,7 +228,13 @@ def _load(
 def _stack_order(
     shape: Shape, axes: str, name: str
 ) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
-    """((D, H, W, C), order of axes that leads there) of a TIFF series."""
+    """((D, H, W, C), order of axes that leads there) of a TIFF series.
+
+    Some programs call the pages of a plain stack channels: without other pages they are
+    taken for D.
+    """
+    if "C" in axes and all(shape[axes.index(a)] == 1 for a in axes if a not in "YXSC"):
+        axes = axes.replace("C", "Q")
     long = [i for i, n in enumerate(shape) if axes[i] not in "YXSC" and n > 1]
     if len(long) > 1:
         raise InputError(

@@ -62,7 +62,7 @@ class Tfds:
     def __getitem__(self, i: int, /) -> Example:
         name, stored = self.name(i), self._stored(i)
         image = _picture(stored[self.image], name, self.channels)
-        rank = image.ndim - 1
+        rank = self.coding.rank
         mask = _numbers(stored[self.mask], rank, f"{name}[{self.mask!r}]")
         if mask.shape[:rank] != image.shape[:rank]:
             raise InputError(
@@ -114,7 +114,8 @@ def open(
             a version; ``isbi2012`` is a builder of our own.
         split: one of the data set's, and if wanted one contiguous part (`split.parse`)
             in the order it was prepared in.
-        image, mask: names of the two features; pictures or arrays, 2-D or 3-D.
+        image, mask: names of the two features: pictures, or tensors with the channels
+            last ([H, W, C] or [D, H, W, C]).
         values: what the mask holds (see `masks`): index, binary or instances.
         label_names: the name of each class id; empty: those of a LabeledImage feature.
         shift: subtracted from the mask to get class ids (1 where they begin at 1).
@@ -150,7 +151,8 @@ def open(
             f"The data set {name!r} does not name the classes of {mask!r}: list them "
             "in `label_names`, that of the lowest mask value first."
         )
-    coding = Coding(values, names, shift=shift, ignore=ignore)
+    rank = max(2, len(features[image].shape) - 1)
+    coding = Coding(values, names, shift=shift, ignore=ignore, rank=rank)
     examples = _examples(builder, part)
     return Tfds(
         examples,
@@ -165,18 +167,19 @@ def open(
 
 def _builder(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     own = OWN.get(name.split("/")[0].split(":")[0])
     if own is not None:
         importlib.import_module(own)
     try:
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except DatasetNotFoundError as error:
         raise InputError(
             f"TFDS knows no data set {name!r}, nor is it prepared in "
             f"{data_dir or 'its own folder'}: check the name and `data_dir`."
         ) from error
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(
             f"TFDS cannot open {name!r} ({formats.reason(error)}): check the name, its "
             "configuration and its version."
@@ -242,7 +245,7 @@ def _picture(stored: Any, name: str, channels: int) -> NumpyArray:
     if isinstance(stored, bytes):
         return images.decode_image(stored, name, channels=channels)
     array = images.stored(np.asarray(stored), name)
-    if array.ndim == 2:
+    if array.ndim == 2:  # a grey tensor may lack the axis of channels
         array = array[..., None]
     return images.to_channels(array, channels, name=name)
 

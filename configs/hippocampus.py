@@ -1,0 +1,42 @@
+"""Hippocampus in MR volumes (Medical Segmentation Decathlon, task 4): the 3-D net.
+
+    python train.py --config=configs/hippocampus.py --workdir=runs/hippocampus \\
+        --config.data.root=DIR
+
+DIR holds ``imagesTr`` and ``labelsTr``, NIfTI. MR intensities have no unit, so every
+volume is standardised by itself.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Three spatial axes because the data has three; no key says so."""
+    config = default.get_config()
+    config.data.source = "volumes"
+    config.data.train = "all[:80%]"
+    config.data.evaluation = "all[80%:]"
+    config.data.normalisation = "example"
+    config.data.volumes.images = "imagesTr"
+    config.data.volumes.masks = "labelsTr"
+    config.data.volumes.slices = False
+    config.data.volumes.label_names = ("background", "anterior", "posterior")
+
+    config.augment.quarter_turns = False
+    config.augment.rotate = 15.0
+    config.augment.scale = 0.15
+    config.augment.contrast = 0.2
+    config.augment.brightness = 0.2
+    config.augment.noise = 0.1
+
+    config.model.features = (8, 16, 32, 64)
+
+    config.train.steps = 300
+    config.train.batch_size = 4
+    config.train.crop = (32, 40, 32)
+    config.train.log_every = 20
+    config.train.eval_every = 100
+    config.train.eval_batch_size = 2
+    return config

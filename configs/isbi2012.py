@@ -1,0 +1,41 @@
+"""ISBI 2012: membranes of neurons in electron microscopy, slices 0-19 against 20-29.
+
+    python train.py --config=configs/isbi2012.py --workdir=runs/isbi2012 \\
+        --config.data.root=DIR
+
+DIR holds the challenge's ``train-volume.tif`` and ``train-labels.tif``.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """A narrow U-Net that two CPU cores train in under twenty minutes."""
+    config = default.get_config()
+    config.data.source = "volumes"
+    config.data.volumes.images = "train-volume.tif"
+    config.data.volumes.masks = "train-labels.tif"
+    config.data.volumes.slices = True
+    config.data.volumes.label_names = ("membrane", "cell")
+    config.data.train = "all[:20]"
+    config.data.evaluation = "all[20:30]"
+
+    config.augment.rotate = 180.0
+    config.augment.scale = 0.15
+    config.augment.brightness = 0.1
+    config.augment.contrast = 0.2
+    config.augment.gamma = 0.2
+
+    config.model.features = (16, 32, 64, 128, 256)
+
+    config.train.steps = 900
+    config.train.batch_size = 4
+    config.train.crop = (256, 256)
+    config.train.log_every = 25
+    config.train.eval_every = 150
+    config.train.save_every = 150
+    config.train.eval_batch_size = 2
+    config.optim.warmup_steps = 50
+    return config
