@@ -332,10 +332,11 @@ def loop(
                 meter.drain()
                 results, score = assess(run, workdir, log, state, step)
                 progress = decide(run, progress, step, score, results)
-                state = state.replace(
+                state = dataclasses.replace(
+                    state,
                     lr_scale=jax.device_put(
                         np.float32(progress.lr_scale), state.lr_scale.sharding
-                    )
+                    ),
                 )
                 stop = bool(patience) and progress.since_best >= patience
                 meter.restart()
@@ -433,7 +434,7 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
         text = " ".join(text.split())
         raise InputError(f"the command line does not work: {text}") from error
     if show.value:
-        print(__doc__ + values.main_module_help())
+        print(__doc__, values.main_module_help())
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is no flag: write --config=FILE --workdir=DIR.")

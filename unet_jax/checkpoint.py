@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unet_jax import models
@@ -142,7 +143,7 @@ def _bytes(state: TrainState) -> int:
     return sum(
         x.size * x.dtype.itemsize
         for x in jax.tree.leaves(state)
-        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     )
 
 
@@ -253,7 +254,8 @@ class Checkpoints:
         ocp = _orbax()
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(like).items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return like.replace(
+        return dataclasses.replace(
+            like,
             **found.variables,
             **found.training,
             ema=found.ema if like.ema is not None else None,

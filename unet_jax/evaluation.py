@@ -115,7 +115,7 @@ def evaluate(
         for row in rows:
             prediction = predictions[row]
             size = prediction.shape[: batch["image"].ndim - 2]
-            example = {
+            example: dict[str, NumpyArray] = {
                 name: crop(np.asarray(batch[name][row]), size, axis=0)
                 for name in ("image", "label", "weight")
             }

@@ -54,7 +54,7 @@ def choose(table: dict[str, Any], name: str, what: str) -> Any:
 # --- Geometry ------------------------------------------------------------------------
 
 
-def crop(x: Array, size: Sequence[int], *, axis: int = 1) -> Array:
+def crop(x: Any, size: Sequence[int], *, axis: int = 1) -> Any:
     """Cuts the centre out of the spatial axes.
 
     Args:

@@ -5,6 +5,7 @@ augmentation) and returns ``(state, batch) -> (state, stats)``. `TrainState` is 
 only. All randomness is ``fold_in`` of the state's key, its step and an example's index.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import optax
 from unet_jax.layers import crop
 from unet_jax.models import UNet
 from unet_jax.normalisation import Stats, normalise
-from unet_jax.types import Array, AugmentFn, Batch, LossFn, PyTree
+from unet_jax.types import Array, AugmentFn, Batch, Example, LossFn, PyTree
 
 
 @flax.struct.dataclass
@@ -139,7 +140,7 @@ def make_train_step(
     """
 
     def prepare(key: Array, batch: Any) -> Any:
-        example = {
+        example: Example = {
             "image": normalise(batch["image"], stats),
             "label": batch["label"].astype(jnp.int32),
             "weight": batch["weight"].astype(jnp.float32),
@@ -210,7 +211,8 @@ def make_train_step(
             new = {"params": params, "batch_stats": batch_stats}
             ema = jax.tree.map(lambda a, b: a * decay + b * (1.0 - decay), ema, new)
         stats = {"loss": loss, "count": count, "grad_norm": optax.tree.norm(grads)}
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,

@@ -223,8 +223,8 @@ class _Batches:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> Batch:
-        return self.read(i)
+    def __getitem__(self, index: int) -> Batch:
+        return self.read(index)
 
 
 def _run(
