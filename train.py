@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from unet_jax import (
-    augment,
-    data,
-    losses,
-    models,
-    normalisation,
-    optim,
-    report,
-    sharding,
-)
-from unet_jax.checkpoint import Checkpoints, Meta, check_same_run
-from unet_jax.evaluation import Evaluation, Progress, evaluate, make_eval_step, score_of
-from unet_jax.log import Meter, RunLog
-from unet_jax.training import TrainState, init_state, is_due, make_train_step
-from unet_jax.types import InputError
+from unet_jax import report, sharding
+from unet_jax.checkpoint import Checkpoints, check_same_run
+from unet_jax.evaluation import Progress, score_of
+from unet_jax.log import Meter, RunLog, replace_file
+from unet_jax.run import Run, build
+from unet_jax.training import TrainState, is_due
+from unet_jax.types import InputError, size_text
 
-NOT_SCORED = -1e30  # the score of a checkpoint between evaluations: never the best
+NOT_SCORED = -1e30  # of a checkpoint that is not the best so far
 
 
 def say(text: str) -> None:
@@ -62,141 +53,24 @@ def chosen(section: Any) -> Any:
     return section
 
 
-@dataclasses.dataclass
-class Run:
-    """The parts of a run, wired: what `build` makes of a config."""
+def announced(eval_step: Any) -> Any:
+    """The evaluation step, saying so when a new image size has it compiled."""
+    seen: set[tuple[int, ...]] = set()
 
-    config: dict[str, Any]
-    mesh: jax.sharding.Mesh
-    dataset: data.Dataset
-    model: models.UNet
-    schedule: Any
-    meta: Meta
-    init: Any  # () -> TrainState
-    train_step: Any  # (state, batch) -> (state, stats), jitted
-    eval_step: Any  # (variables, batch) -> stats, jitted
+    def step(variables: Any, batch: Any) -> Any:
+        shape = batch["image"].shape
+        if shape not in seen:
+            seen.add(shape)
+            say(f"compiling the evaluation of {size_text(shape[1:-1])} ...")
+        return eval_step(variables, batch)
 
-    def train_batches(self, start: int) -> Iterator[Any]:
-        """Host batches from step ``start`` on."""
-        train = self.config["train"]
-        return data.train_batches(
-            self.dataset.train,
-            seed=self.config["seed"],
-            batch_size=train["batch_size"],
-            crop=train["crop"],
-            margin=models.margin(self.model),
-            start=start,
-        )
-
-    def evaluate(self, state: TrainState, *, keep: int = 0) -> Evaluation:
-        """Evaluates the evaluation split, whole images."""
-        batches = data.eval_batches(
-            self.dataset.evaluation,
-            batch_size=self.config["train"]["eval_batch_size"],
-            pads=partial(models.pads, self.model),
-        )
-        return evaluate(
-            self.eval_step,
-            state.variables,
-            batches,
-            mesh=self.mesh,
-            task=self.meta.task,
-            label_names=self.meta.label_names,
-            keep=keep,
-        )
-
-
-def build(config: dict[str, Any]) -> Run:
-    """Wires a run from a config; reads the data, compiles nothing."""
-    train = config["train"]
-    mesh = sharding.make_mesh(**config["mesh"])
-    sharding.check_batch(mesh, train["batch_size"], "train.batch_size")
-    sharding.check_batch(mesh, train["eval_batch_size"], "train.eval_batch_size")
-    if train["batch_size"] % train["accumulate"]:
-        raise InputError(
-            f"train.accumulate = {train['accumulate']} does not divide"
-            f" train.batch_size = {train['batch_size']}: use a divisor of it."
-        )
-    for key, value in (("over", "batch"), ("normalise", "weights")):
-        if train["accumulate"] > 1 and config["loss"].get(key) == value:
-            raise InputError(
-                f"loss.{key} = {value!r} needs the whole batch at once, and"
-                f" train.accumulate = {train['accumulate']} splits it: use"
-                f" train.accumulate=1 or leave out loss.{key}."
-            )
-    task = config["task"]
-    loss_fn = losses.build(task=task, **config["loss"])
-    augment_fn = augment.build(**config["augment"])
-    dataset = data.build(task=task, **config["data"])
-    if len(train["crop"]) != dataset.rank:
-        raise InputError(
-            f"train.crop = {train['crop']} has {len(train['crop'])} axes and the images"
-            f" have {dataset.rank}: give one size an axis."
-        )
-    names = dataset.label_names
-    volumes = config["data"]["volumes"] if config["data"]["source"] == "volumes" else {}
-    model = models.build(**config["model"], num_classes=len(names))
-    models.output_size(model, train["crop"])
-    stats = normalisation.measure(
-        config["data"]["normalisation"],
-        (dataset.train[i]["image"] for i in range(len(dataset.train))),
-    )
-    tx, schedule = optim.build(total_steps=train["steps"], **config["optim"])
-    meta = Meta(
-        model={"name": config["model"]["name"], **models.fields(model)},
-        task=task,
-        label_names=names,
-        normalisation=stats,
-        channels=dataset.channels,
-        rank=dataset.rank,
-        spacing=volumes.get("spacing", ()),
-        threshold=train["threshold"],
-        config=config,
-    )
-    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
-    shape = (train["batch_size"], *train["crop"], dataset.channels)
-    init = partial(
-        init_state,
-        model,
-        tx,
-        seed=config["seed"],
-        image_shape=shape,
-        ema=train["ema"] > 0,
-    )
-    train_step = make_train_step(
-        model,
-        tx,
-        loss_fn,
-        augment_fn,
-        stats=stats,
-        accumulate=train["accumulate"],
-        ema_decay=train["ema"],
-    )
-    eval_step = make_eval_step(
-        model, loss_fn, task=task, stats=stats, threshold=train["threshold"]
-    )
-    return Run(
-        config=config,
-        mesh=mesh,
-        dataset=dataset,
-        model=model,
-        schedule=schedule,
-        meta=meta,
-        init=jax.jit(init, out_shardings=whole),
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(whole, rows),
-            out_shardings=(whole, whole),
-            donate_argnums=0,
-        ),
-        eval_step=jax.jit(eval_step, in_shardings=(whole, rows), out_shardings=whole),
-    )
+    return step
 
 
 def describe(run: Run) -> None:
     """Prints what is trained on what."""
     dataset, train = run.dataset, run.config["train"]
-    size = " x ".join(map(str, train["crop"]))
+    size = size_text(train["crop"])
     say(
         f"data: {len(dataset.train)} training and {len(dataset.evaluation)} evaluation"
         f" examples, {dataset.dtype}, {dataset.channels} channel(s);"
@@ -255,35 +129,47 @@ def train_and_evaluate(
     Returns:
         The figures of the last evaluation.
     """
-    run = build(config)
+    mesh = sharding.make_mesh(**config["mesh"])
+    kind = mesh.devices.flat[0].device_kind
+    say(f"{jax.default_backend()}: {kind}, {mesh.size} device(s) used")
+    run = build(config, mesh)
+    run = dataclasses.replace(run, eval_step=announced(run.eval_step))
     describe(run)
-    shapes = jax.eval_shape(run.init)
-    whole = sharding.replicated(run.mesh)
+    whole = sharding.replicated(mesh)
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        jax.eval_shape(run.init),
     )
     if workdir is None:
-        batch = sharding.place(next(run.train_batches(0)), run.mesh)
+        batch = sharding.place(next(run.train_batches(0)), mesh)
         compile_step(run, shapes, batch)
         return {}
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(workdir) as checkpoints:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the workdir {workdir} cannot be made ({error.strerror}): use another."
+        ) from error
+    with interruptible() as interrupted, Checkpoints(workdir) as checkpoints:
         start = checkpoints.latest_step() or 0
         progress, results = Progress(), {}
         if start:
             stored = checkpoints.read_meta(start)
-            check_same_run(stored, run.meta, workdir)
+            for change in check_same_run(stored, run.meta, workdir):
+                say(f"changed since the checkpoint: {change}")
             progress, results = Progress(**stored.progress), stored.results
             state = checkpoints.restore(start, shapes)
             say(f"going on from step {start} of {workdir}")
         else:
             state = run.init()
-        text = json.dumps(run.meta.to_json()["config"], indent=2)
-        (workdir / "config.json").write_text(text + "\n")
+        text = json.dumps(run.meta.to_json()["config"], indent=2) + "\n"
+        replace_file(workdir / "config.json", text.encode())
         log = RunLog(workdir, resume_step=start)
         try:
-            results = loop(run, workdir, checkpoints, log, state, progress, results)
+            results = loop(
+                run, workdir, checkpoints, log, state, progress, results, interrupted
+            )
         finally:
             log.close()
     say(f"curves: {report.curves(workdir)}")
@@ -298,20 +184,22 @@ def loop(
     state: TrainState,
     progress: Progress,
     results: dict[str, float],
+    interrupted: list[str],
 ) -> dict[str, float]:
     """Steps, logs, evaluates, decides and saves, in this order, until the end."""
     train, total = run.config["train"], run.config["train"]["steps"]
     step, patience = int(state.step), train["patience"]
     stop = bool(patience) and progress.since_best >= patience
     if step >= total or stop:
-        say(f"the run is finished at step {step}: {figures(results)}")
+        say(f"the run is finished at step {step}: {short(results)}")
         return results
     batches = sharding.prefetch(run.train_batches(step), run.mesh)
     batch = next(batches)
     step_fn = compile_step(run, state, batch)
-    meter = Meter(workdir)
+    meter, clock, begin = Meter(workdir), time.perf_counter(), step
     bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
-    with interruptible() as interrupted, bar:
+    with bar:
+        stop = bool(interrupted)
         while step < total and not stop:
             state, stats = step_fn(state, batch)
             batch = next(batches)
@@ -325,23 +213,24 @@ def loop(
                 line = f"loss {means['loss']:.4f}"
                 line += f", {means['images_per_second']:.1f} images/s"
                 bar.set_postfix_str(line)
-                if not sys.stderr.isatty():
-                    say(f"step {step}/{total}: {line}")
+                if bar.disable:
+                    left = (
+                        (time.perf_counter() - clock) / (step - begin) * (total - step)
+                    )
+                    say(f"step {step}/{total}: {line}, {left:.0f} s left")
             score = NOT_SCORED
             if is_due(step, train["eval_every"], total):
-                meter.drain()
-                results, score = assess(run, workdir, log, state, step)
-                progress = decide(run, progress, step, score, results)
-                state = dataclasses.replace(
-                    state,
-                    lr_scale=jax.device_put(
-                        np.float32(progress.lr_scale), state.lr_scale.sharding
-                    ),
+                with meter.paused():
+                    results, progress = assess(run, workdir, log, state, step, progress)
+                scale = jax.device_put(
+                    np.float32(progress.lr_scale), state.lr_scale.sharding
                 )
+                state = dataclasses.replace(state, lr_scale=scale)
                 stop = bool(patience) and progress.since_best >= patience
-                meter.restart()
+                if progress.best_step == step and progress.best is not None:
+                    score = progress.best
             stop = stop or bool(interrupted)
-            if stop or is_due(step, train["save_every"], total):
+            if stop or score > NOT_SCORED or is_due(step, train["save_every"], total):
                 meter.drain()
                 meta = dataclasses.replace(
                     run.meta, progress=dataclasses.asdict(progress), results=results
@@ -349,28 +238,36 @@ def loop(
                 checkpoints.save(state, meta, score=score)
         checkpoints.wait()
     if interrupted:
-        say(f"{interrupted[0]}: saved step {step}; the same command goes on from it")
+        at = checkpoints.latest_step()
+        where = f"saved step {at}" if at else "stopped before the first step"
+        say(f"{interrupted[0]}: {where}; the same command goes on from there")
         raise SystemExit(0)
     if step < total:
         say(f"stopped early: {patience} evaluations without a better one")
+    sign = -1.0 if train["monitor"] == "loss" else 1.0
     say(
         f"finished at step {step}; best {train['monitor']}"
-        f" {abs(progress.best or 0.0):.4f} at step {progress.best_step};"
+        f" {sign * (progress.best or 0.0):.4f} at step {progress.best_step};"
         f" checkpoints, logs and pictures are in {workdir}"
     )
     return results
 
 
-def figures(results: dict[str, float]) -> str:
+def short(results: dict[str, float]) -> str:
     """The figures of an evaluation that belong on one line."""
-    short = [k for k in results if k in ("loss", "dice") or k.startswith("dice/")]
-    return ", ".join(f"{k} {results[k]:.4f}" for k in short)
+    keys = [k for k in results if k in ("loss", "dice") or k.startswith("dice/")]
+    return ", ".join(f"{k} {results[k]:.4f}" for k in keys)
 
 
 def assess(
-    run: Run, workdir: Path, log: RunLog, state: TrainState, step: int
-) -> tuple[dict[str, float], float]:
-    """Evaluates, logs it and draws a picture; returns the figures and the score."""
+    run: Run,
+    workdir: Path,
+    log: RunLog,
+    state: TrainState,
+    step: int,
+    progress: Progress,
+) -> tuple[dict[str, float], Progress]:
+    """Evaluates, logs it, draws a picture, and decides what follows from it."""
     begin = time.perf_counter()
     found = run.evaluate(state, keep=4)
     log.scalars("evaluation", step, found.results)
@@ -378,27 +275,19 @@ def assess(
     report.picture(found.kept, path, label_names=run.meta.label_names)
     log.image(step, path)
     seconds = time.perf_counter() - begin
-    say(f"evaluation at step {step}: {figures(found.results)} ({seconds:.1f} s)")
-    return found.results, score_of(found.results, run.config["train"]["monitor"])
-
-
-def decide(
-    run: Run, progress: Progress, step: int, score: float, results: dict[str, float]
-) -> Progress:
-    """The loop's decisions after an evaluation."""
+    say(f"evaluation at step {step}: {short(found.results)} ({seconds:.1f} s)")
     plateau = run.config["plateau"]
     on = run.config["optim"]["schedule"] == "plateau"
-    watched = -score_of(results, plateau["monitor"]) if on else None
     new = progress.after(
         step,
-        score,
-        watched=watched,
+        score_of(found.results, run.config["train"]["monitor"]),
+        watched=-score_of(found.results, plateau["monitor"]) if on else None,
         factor=plateau["factor"],
         patience=plateau["patience"],
     )
     if new.lr_scale != progress.lr_scale:
         say(f"plateau: the learning rate is now scaled by {new.lr_scale:g}")
-    return new
+    return found.results, new
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
@@ -448,12 +337,13 @@ def main() -> int:
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         config, workdir = parse(sys.argv)
-        devices = jax.devices()
-        say(f"{jax.default_backend()}: {devices[0].device_kind}, {len(devices)} found")
         train_and_evaluate(config, workdir)
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
     config.model.features = (16, 32, 64, 128, 256)
 
-    config.train.steps = 900
+    config.train.steps = 1200
     config.train.batch_size = 4
     config.train.crop = (256, 256)
     config.train.log_every = 25

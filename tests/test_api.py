@@ -22,7 +22,7 @@ ROWS = [
     {"models"},
     {"training", "pictures", "tiles"},
     {"evaluation", "checkpoint"},
-    {"predict", "overlay"},
+    {"predict", "overlay", "run"},
     {"predict_files", "report"},
     {"cli", "__init__"},
     {"__main__"},

@@ -371,9 +371,9 @@ def test_build(task, normalisation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "cell"}, "source 'cell' is not known: choose one of cells, folder"),
-        ({"task": "class"}, "choose one of classes, labels"),
-        ({"normalisation": "z"}, "choose one of range, standard, example"),
+        ({"source": "cell"}, "source = 'cell' is not known: use one of cells, folder"),
+        ({"task": "class"}, "use one of classes, labels"),
+        ({"normalisation": "z"}, "use one of example, range, standard"),
         ({"train": "train[90%:80%]"}, "is empty"),
     ],
 )

@@ -369,9 +369,9 @@ def test_build_is_the_weighted_sum(rng):
         ({"task": "labels", "cross_entropy": 1.0}, "use binary_cross_entropy"),
         ({"task": "labels", "dice": -1.0}, "dice=-1.0"),
         ({"task": "labels", "dice": float("nan")}, "dice=nan"),
-        ({"task": "classes", "dice": 1.0, "over": "all"}, "image or batch"),
-        ({"task": "classes", "dice": 1.0, "normalise": "sum"}, "pixels or weights"),
-        ({"task": "binary", "dice": 1.0}, "classes or labels"),
+        ({"task": "classes", "dice": 1.0, "over": "all"}, "batch, image"),
+        ({"task": "classes", "dice": 1.0, "normalise": "sum"}, "pixels, weights"),
+        ({"task": "binary", "dice": 1.0}, "classes, labels"),
     ],
 )
 def test_build_refuses_what_makes_no_sense(options, words):

@@ -154,3 +154,20 @@ def test_a_net_survives_json_and_says_what_it_does_not_know():
         wrong = models.UNet(num_classes=1, features=(1, 1), **fields)
         with pytest.raises(InputError, match="use one of"):
             wrong.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"features": ()}, "two or more"),
+        ({"features": (4,)}, "two or more"),
+        ({"features": (16, "a")}, "whole numbers"),
+        ({"features": (4, 6), "norm": "group"}, "use 2"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"dtype": "bf16"}, "bfloat16"),
+        ({"padding": "full"}, "same, valid"),
+    ],
+)
+def test_fields_that_no_net_can_have_are_refused_when_it_is_built(fields, says):
+    with pytest.raises(InputError, match=says):
+        models.build("unet", num_classes=2, **fields)

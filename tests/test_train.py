@@ -204,7 +204,11 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_good(tmp_path):
         ({"data.train": "train[:0%]"}, "train"),
         ({"model.act": "rellu"}, "relu"),
         ({"optim.freeze": ("enc",)}, "encoder/level0"),
-        ({"train.monitor": "dise"}, "dice"),
+        ({"train.monitor": "dise"}, r"train\.monitor.*dice"),
+        ({"plateau.monitor": "los"}, r"plateau\.monitor.*loss"),
+        ({"train.accumulate": 0}, "accumulate"),
+        ({"train.crop": (0, 16)}, "crop"),
+        ({"model.dtype": "bf16"}, "bfloat16"),
     ],
 )
 def test_what_does_not_work_is_one_sentence(tmp_path, changes, says):
@@ -212,12 +216,48 @@ def test_what_does_not_work_is_one_sentence(tmp_path, changes, says):
         train.train_and_evaluate(_config(**changes, **{"train.steps": 1}), tmp_path)
 
 
-def test_a_workdir_of_another_model_is_refused(tmp_path):
+def test_a_workdir_of_another_run_is_refused(tmp_path, capsys):
     train.train_and_evaluate(_config(**{"train.steps": 1}), tmp_path)
-    other = _config(**{"train.steps": 2, "model.features": (2, 6)})
-    with pytest.raises(InputError, match=r"model\.features"):
-        train.train_and_evaluate(other, tmp_path)
+    for changes, says in [
+        ({"model.features": (2, 6)}, r"model\.features"),
+        ({"data.normalisation": "example"}, r"data\.normalisation\.kind"),
+        ({"optim.name": "sgd"}, r"optim\.name"),
+        ({"optim.freeze": ("head",)}, r"optim\.freeze"),
+        ({"train.ema": 0.9}, r"train\.ema"),
+    ]:
+        other = _config(**{"train.steps": 2, **changes})
+        with pytest.raises(InputError, match=says):
+            train.train_and_evaluate(other, tmp_path)
     assert load_for_inference(tmp_path)[3] == 1
+    capsys.readouterr()
+    longer = _config(**{"train.steps": 2, "seed": 1})
+    train.train_and_evaluate(longer, tmp_path)
+    text = capsys.readouterr().out
+    assert "changed since the checkpoint: seed: 0 -> 1" in text
+    assert "changed since the checkpoint: train.steps: 1 -> 2" in text
+
+
+def test_the_best_evaluation_is_kept_whenever_it_comes(tmp_path, monkeypatch):
+    scores = iter([0.3, 0.9, 0.9, float("nan"), 0.5, 0.1])
+    taken = train.Run.evaluate
+
+    def evaluate(self, state, *, keep=0):
+        found = taken(self, state, keep=keep)
+        found.results["dice"] = next(scores)
+        return found
+
+    monkeypatch.setattr(train.Run, "evaluate", evaluate)
+    changes = {"train.steps": 6, "train.eval_every": 1, "train.save_every": 4}
+    train.train_and_evaluate(_config(**changes), tmp_path)
+    _, _, meta, step = load_for_inference(tmp_path)
+    assert step == 2 and meta.results["dice"] == 0.9
+    assert meta.progress["best_step"] == 2
+
+
+def test_a_workdir_that_cannot_be_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        train.train_and_evaluate(_config(**{"train.steps": 1}), tmp_path / "file")
 
 
 # --- As a program --------------------------------------------------------------------
@@ -292,6 +332,19 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     assert steps == list(range(1, 31))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_compiling_ends_in_peace(tmp_path, number):
+    process = _start(tmp_path)
+    for line in process.stdout:
+        if line.startswith("compiling the training step"):
+            process.send_signal(number)
+            break
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert "stopped before the first step" in text
+    assert "Traceback" not in text
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     process = _start(tmp_path, "--config.train.save_every=0", steps=100_000)
     for line in process.stdout:
@@ -315,7 +368,7 @@ def test_a_dry_run_says_what_it_would_do(tmp_path):
     out = _run("--dry_run")
     assert out.returncode == 0, out.stderr
     lines = out.stdout.splitlines()
-    assert lines[0].startswith("cpu: cpu, ")
+    assert lines[0] == "cpu: cpu, 1 device(s) used"
     assert any(line.startswith("memory of the compiled step") for line in lines)
 
 

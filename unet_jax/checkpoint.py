@@ -276,26 +276,63 @@ class Checkpoints:
         return self._manager.restore(step, args=args)[item]
 
 
-def check_same_run(stored: Meta, now: Meta, workdir: str | os.PathLike[str]) -> None:
-    """Refuses to resume a workdir with another model.
+# What decides the shape of the optimizer's state, beside its name and what is frozen.
+_OPTIM_SWITCHES = ("clip", "weight_decay")
+
+
+def _identity(meta: Meta) -> dict[str, Any]:
+    """What must be the same for a run to go on: path of the key -> value."""
+    own = {f"model.{k}": v for k, v in meta.model.items()}
+    for field in ("task", "label_names", "channels", "rank"):
+        own[field] = getattr(meta, field)
+    own |= {f"data.normalisation.{k}": v for k, v in meta.normalisation.items()}
+    optim = meta.config.get("optim", {})
+    own |= {f"optim.{k}": optim.get(k) for k in ("name", "freeze")}
+    own |= {f"optim.{k} > 0": bool(optim.get(k)) for k in _OPTIM_SWITCHES}
+    own["train.ema > 0"] = bool(meta.config.get("train", {}).get("ema"))
+    return json.loads(json.dumps(own))
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    parts = [_flat(v, f"{path}.{k}" if path else k) for k, v in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def check_same_run(
+    stored: Meta, now: Meta, workdir: str | os.PathLike[str]
+) -> list[str]:
+    """Refuses to resume a workdir with another model, data or optimizer.
+
+    Args:
+        stored: Of the checkpoint.
+        now: Of the config.
+        workdir: Where; the sentence names it.
+
+    Returns:
+        The other keys of the config that have changed, each as ``key: old -> new``.
 
     Raises:
         InputError: Names the first difference and the remedy.
     """
-    for field in ("model", "task", "label_names", "channels", "rank"):
-        old, new = (
-            json.loads(json.dumps(getattr(meta, field))) for meta in (stored, now)
-        )
-        if old == new:
-            continue
-        if isinstance(old, dict):
-            keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-            field = f"{field}.{keys[0]}"
-            old, new = old.get(keys[0]), new.get(keys[0])
-        raise InputError(
-            f"the workdir {os.fspath(workdir)} holds a run with {field} = {old!r}, and"
-            f" this config says {new!r}: use another --workdir, or delete that one."
-        )
+    old, new = _identity(stored), _identity(now)
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            raise InputError(
+                f"the workdir {os.fspath(workdir)} holds a run with {key} ="
+                f" {old.get(key)!r}, and this config says {new.get(key)!r}: use another"
+                " --workdir, or delete that one."
+            )
+    before, after = (
+        _flat(json.loads(json.dumps(meta.config))) for meta in (stored, now)
+    )
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
 
 
 def load_for_inference(

@@ -236,17 +236,16 @@ def _measure(
 
     import jax
 
-    from unet_jax import data, losses, metrics, models, sharding
-    from unet_jax.evaluation import evaluate, make_eval_step
+    from unet_jax import data, losses, models, sharding
+    from unet_jax.evaluation import evaluate, jit_eval_step, make_eval_step
 
     mesh = sharding.make_mesh()
-    devices = mesh.shape["data"]
     batch_size = arguments.batch_size
     if batch_size:
         sharding.check_batch(mesh, batch_size, "--batch_size")
     else:
         wanted = meta.config.get("train", {}).get("eval_batch_size", 1)
-        batch_size = -(-wanted // devices) * devices
+        batch_size = sharding.round_up(mesh, wanted)
     step = make_eval_step(
         model,
         losses.build(task=meta.task, **meta.config["loss"]),
@@ -254,24 +253,18 @@ def _measure(
         stats=meta.normalisation,
         threshold=meta.threshold,
     )
-    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
     found = evaluate(
-        jax.jit(step, in_shardings=(whole, rows), out_shardings=whole),
-        jax.device_put(variables, whole),
+        jit_eval_step(step, mesh),
+        jax.device_put(variables, sharding.replicated(mesh)),
         data.eval_batches(
             source, batch_size=batch_size, pads=partial(models.pads, model)
         ),
         mesh=mesh,
         task=meta.task,
         label_names=meta.label_names,
-    )
-    figures = metrics.summarise(
-        found.confusion,
-        task=meta.task,
-        label_names=meta.label_names,
         empty=arguments.empty,
     )
-    return {"loss": found.results["loss"], **figures}
+    return found.results
 
 
 def table(results: Mapping[str, float], label_names: Sequence[str]) -> str:

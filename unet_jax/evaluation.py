@@ -14,8 +14,8 @@ from unet_jax import metrics, sharding
 from unet_jax.layers import crop
 from unet_jax.models import UNet
 from unet_jax.normalisation import Stats, normalise
-from unet_jax.training import fit
-from unet_jax.types import Array, Batch, InputError, LossFn, NumpyArray, PyTree, Task
+from unet_jax.training import any_weight, fit
+from unet_jax.types import Array, Batch, LossFn, NumpyArray, PyTree, Task, choose
 
 
 def make_eval_step(
@@ -37,8 +37,9 @@ def make_eval_step(
 
     Returns:
         ``(variables, batch) -> stats``, one row an example: ``loss`` f32[B],
-        ``confusion`` i32[B, ...], and ``prediction``, i32 like the label. The host
-        drops rows of index -1, adds, and divides once.
+        ``counted`` f32[B] (1 where anything has weight), ``confusion`` i32[B, ...], and
+        ``prediction``, i32 like the label. The host drops rows of index -1, adds, and
+        divides once.
     """
 
     def step(variables: PyTree, batch: Batch) -> dict[str, Array]:
@@ -53,6 +54,7 @@ def make_eval_step(
         )
         return {
             "loss": loss_fn(logits, label, weight),
+            "counted": any_weight(weight),
             "confusion": counts,
             "prediction": metrics.decide(logits, task=task, threshold=threshold),
         }
@@ -60,16 +62,25 @@ def make_eval_step(
     return step
 
 
+def jit_eval_step(
+    step: Callable[[PyTree, Any], dict[str, Array]], mesh: jax.sharding.Mesh
+) -> Callable[[PyTree, Any], dict[str, Array]]:
+    """`make_eval_step`'s function compiled for a mesh: rows split, the rest whole."""
+    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+    return jax.jit(step, in_shardings=(whole, rows), out_shardings=whole)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What came out of a data set.
 
     Attributes:
-        results: ``loss`` (mean over examples) and the figures of
-            `unet_jax.metrics.summarise`.
+        results: ``loss`` (mean over the examples of which anything counts) and the
+            figures of `unet_jax.metrics.summarise`. A loss that pools over a batch
+            (``over="batch"``) pools over the batches that are evaluated.
         index: ``i64[N]``, the examples' numbers in the data set, sorted.
         confusion: ``i64[N, ...]``, each example's counts, in the order of ``index``.
-        loss: ``f64[N]``, likewise.
+        loss: ``f64[N]``, likewise; NaN where nothing counts.
         kept: The first few examples for a picture: ``image``, ``label``, ``weight`` and
             ``prediction`` of the logits' size.
     """
@@ -90,6 +101,7 @@ def evaluate(
     task: Task,
     label_names: Sequence[str],
     keep: int = 0,
+    empty: metrics.Empty = "skip",
 ) -> Evaluation:
     """Evaluates every example of ``batches`` once.
 
@@ -101,8 +113,9 @@ def evaluate(
         task: ``classes`` or ``labels``.
         label_names: One a channel of the logits.
         keep: How many examples to keep for a picture.
+        empty: See `unet_jax.metrics.summarise`.
     """
-    index, confusion, loss = [], [], []
+    index, confusion, loss, counted = [], [], [], []
     kept: list[dict[str, NumpyArray]] = []
     for batch in batches:
         real = np.asarray(batch["index"]) >= 0
@@ -110,6 +123,7 @@ def evaluate(
         index.append(np.asarray(batch["index"])[real])
         confusion.append(np.asarray(out["confusion"])[real].astype(np.int64))
         loss.append(np.asarray(out["loss"])[real].astype(np.float64))
+        counted.append(np.asarray(out["counted"])[real] > 0)
         rows = np.flatnonzero(real)[: keep - len(kept)]
         predictions = np.asarray(out["prediction"]) if len(rows) else np.empty(0)
         for row in rows:
@@ -122,9 +136,12 @@ def evaluate(
             kept.append({**example, "prediction": prediction})
     order = np.argsort(np.concatenate(index), kind="stable")
     counts = np.concatenate(confusion)[order]
-    losses = np.concatenate(loss)[order]
-    results = {"loss": float(losses.mean())}
-    results |= metrics.summarise(counts, task=task, label_names=tuple(label_names))
+    losses = np.where(np.concatenate(counted), np.concatenate(loss), np.nan)[order]
+    some = ~np.isnan(losses)
+    results = {"loss": float(losses[some].mean()) if some.any() else float("nan")}
+    results |= metrics.summarise(
+        counts, task=task, label_names=tuple(label_names), empty=empty
+    )
     return Evaluation(results, np.concatenate(index)[order], counts, losses, kept)
 
 
@@ -189,22 +206,34 @@ class Progress:
         return dataclasses.replace(new, plateau_since=since)
 
 
-def score_of(results: Mapping[str, float], monitor: str) -> float:
+# Below every figure, yet above a checkpoint that nobody has evaluated.
+WORST = -1e29
+
+
+def score_of(
+    results: Mapping[str, float], monitor: str, *, name: str = "train.monitor"
+) -> float:
     """The value that decides which evaluation is best, higher being better.
 
     Args:
         results: An evaluation's figures.
-        monitor: A key of ``results``; ``loss`` counts negative.
+        monitor: A key of ``results``; ``loss`` counts negative, NaN as `WORST`.
+        name: What the sentence calls ``monitor``.
 
     Raises:
         InputError: No such figure.
     """
-    if monitor not in results:
-        raise InputError(
-            f"train.monitor = {monitor!r} is not measured:"
-            f" use one of {sorted(results)}."
-        )
+    choose(results, monitor, f"{name} =")
     value = float(results[monitor])
     if value != value:
-        return float("-inf")
+        return WORST
     return -value if monitor == "loss" else value
+
+
+def figures(task: Task, label_names: Sequence[str]) -> list[str]:
+    """The names of all figures that an evaluation measures."""
+    count = len(label_names)
+    shape = (1, count, count) if task == "classes" else (1, count, 2, 2)
+    empty = np.zeros(shape, np.int64)
+    names = metrics.summarise(empty, task=task, label_names=tuple(label_names))
+    return ["loss", *names]

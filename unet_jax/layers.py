@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.types import Array, InputError, Pads
+from unet_jax.types import Array, Pads, choose
 
 Factory = Callable[..., Any]
 
@@ -38,17 +38,6 @@ INITIALISERS: dict[str, Callable[..., Any]] = {
     # PyTorch's default: kaiming_uniform_(a=sqrt(5)), that is variance 1 / (3 fan_in).
     "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
 }
-
-
-def choose(table: dict[str, Any], name: str, what: str) -> Any:
-    """The entry ``name`` of ``table``.
-
-    Raises:
-        InputError: There is none; the sentence lists those there are.
-    """
-    if name not in table:
-        raise InputError(f"{what} {name!r} is not known: use one of {sorted(table)}.")
-    return table[name]
 
 
 # --- Geometry ------------------------------------------------------------------------
@@ -293,7 +282,7 @@ def norm_factory(kind: str, *, train: bool, groups: int = 8) -> Factory:
     Args:
         kind: ``batch`` | ``instance`` | ``group`` | ``none``.
         train: Whether batch normalisation takes the batch's statistics.
-        groups: Groups of ``group``; they must divide the features.
+        groups: Groups of ``group``; they must divide the features of every layer.
 
     Returns:
         The factory. ``none`` makes layers that do nothing and own nothing.
@@ -319,11 +308,6 @@ def norm_factory(kind: str, *, train: bool, groups: int = 8) -> Factory:
         def apply(x: Array) -> Array:
             if module is None:
                 return x
-            if kind == "group" and x.shape[-1] % groups:
-                raise InputError(
-                    f"norm_groups = {groups} does not divide {x.shape[-1]} features:"
-                    f" use {math.gcd(groups, x.shape[-1])} groups or other features."
-                )
             return module()(x.astype(jnp.float32)).astype(x.dtype)
 
         return apply

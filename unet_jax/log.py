@@ -253,9 +253,13 @@ class Meter:
         self._loss = self._count = self._grad_norm = 0.0
         self._begin = time.perf_counter()
 
-    def restart(self) -> None:
-        """Begins the clock anew, after something that was not training."""
-        self._begin = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock for something that is not training."""
+        self.drain()
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
 
     def add(self, step: int, stats: Any) -> None:
         """Takes a step's sums; reads those of a few steps ago."""
@@ -274,8 +278,8 @@ class Meter:
             raise InputError(
                 f"the loss is {loss} and the gradient's norm {norm} at step {step}:"
                 f" the run stops, and {self._workdir} keeps the last good checkpoint;"
-                " try a smaller optim.learning_rate, optim.clip=1, or look for images"
-                " with extreme values."
+                " try a smaller optim.learning_rate or optim.clip=1 in a new --workdir,"
+                " or look for images with extreme values."
             )
         self._loss, self._count, self._grad_norm = (
             self._loss + loss,
@@ -296,5 +300,5 @@ class Meter:
             "images_per_second": self._count / seconds,
         }
         self._loss = self._count = 0.0
-        self.restart()
+        self._begin = time.perf_counter()
         return out

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unet_jax.types import Array, InputError, LossFn, Task
+from unet_jax.types import Array, InputError, LossFn, Task, choose
 
 Normalise = Literal["pixels", "weights"]
 Over = Literal["image", "batch"]
@@ -296,9 +296,9 @@ def build(
         InputError: no term has a positive factor, a factor is negative, a term does
             not fit the task, or an option is not one of its choices.
     """
-    _choose("task", task, get_args(Task))
-    _choose("normalise", normalise, get_args(Normalise))
-    _choose("over", over, get_args(Over))
+    choose(get_args(Task), task, "task =")
+    choose(get_args(Normalise), normalise, "loss.normalise =")
+    choose(get_args(Over), over, "loss.over =")
     factors = {
         "cross_entropy": cross_entropy,
         "binary_cross_entropy": binary_cross_entropy,
@@ -326,13 +326,6 @@ def build(
         return total
 
     return loss
-
-
-def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(
-            f"loss option {name}={value!r} is unknown: use {' or '.join(choices)}"
-        )
 
 
 def _check_factors(factors: dict[str, float], *, task: Task) -> None:

@@ -106,11 +106,11 @@ def summarise(
 
     Returns:
         A dict of floats. From the table of all images added up (pooled): ``dice/NAME``,
-        ``iou/NAME``, ``precision/NAME``, ``recall/NAME``, their means over names
-        ``dice`` and ``iou``, and ``pixel_accuracy`` (pixels right / pixels counted; for
-        ``labels`` over all labels). Means over images of each image's own score:
-        ``image_dice/NAME``, ``image_iou/NAME``, and their means over names
-        ``image_dice`` and ``image_iou``.
+        ``iou/NAME``, ``precision/NAME``, ``recall/NAME``, ``pixel_accuracy/NAME`` (of
+        this name against all others), the means over names ``dice`` and ``iou``, and
+        ``pixel_accuracy`` (pixels right / pixels counted; for ``labels`` over all
+        labels). Means over images of each image's own score: the same with ``image_``
+        before them, but for the last.
 
     Raises:
         InputError: names that do not fit the tables, or an unknown policy.
@@ -127,12 +127,13 @@ def summarise(
     counts = np.asarray(confusion, np.int64)
     right = np.trace(counts, axis1=-2, axis2=-1).sum()
     scores["pixel_accuracy"] = float(_divide(right, counts.sum(), "skip"))
-    for key in ("dice", "iou"):
+    for key in _SCORES:
         images = _of_each_image(_SCORES[key], tables, empty)
         means = np.asarray([_mean(column) for column in images.T])
         for name, value in zip(label_names, means, strict=True):
             scores[f"image_{key}/{name}"] = float(value)
-        scores[f"image_{key}"] = _mean(means[inner])
+        if key in ("dice", "iou"):
+            scores[f"image_{key}"] = _mean(means[inner])
     return scores
 
 
@@ -225,11 +226,17 @@ def _recall(table: NumpyArray, empty: Empty) -> NumpyArray:
     return _divide(table[..., 0], table[..., 0] + table[..., 2], empty)
 
 
+def _accuracy(table: NumpyArray, empty: Empty) -> NumpyArray:
+    wrong, counted = table[..., 1] + table[..., 2], table[..., 3]
+    return _divide(counted - wrong, counted, empty)
+
+
 _SCORES: dict[str, Callable[[NumpyArray, Empty], NumpyArray]] = {
     "dice": _dice,
     "iou": _iou,
     "precision": _precision,
     "recall": _recall,
+    "pixel_accuracy": _accuracy,
 }
 
 

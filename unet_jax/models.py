@@ -11,6 +11,7 @@ inside the jit.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,11 +28,10 @@ from unet_jax.layers import (
     Factory,
     UpConv,
     Upsample,
-    choose,
     conv_factory,
     norm_factory,
 )
-from unet_jax.types import Array, InputError, Pads, Shape
+from unet_jax.types import Array, InputError, Pads, Shape, choose, size_text
 
 
 class UNet(nn.Module):
@@ -101,6 +101,7 @@ class UNet(nn.Module):
         rank = image.ndim - 2
         if rank not in (2, 3):
             raise ValueError(f"image must be [B, *S, C] in 2-D or 3-D: {image.shape}")
+        check(self)
         output_size(self, image.shape[1:-1])
         dtype = jnp.dtype(self.dtype)
         bias = self.norm == "none" if self.conv_bias is None else self.conv_bias
@@ -134,6 +135,30 @@ class UNet(nn.Module):
         head = nn.Dense(self.num_classes, kernel_init=init, name="head")
         logits = head(decoded[0].astype(jnp.float32))
         return logits, {"encoder": pyramid, "decoder": decoded}
+
+
+def check(model: UNet) -> None:
+    """Refuses fields that no net can have.
+
+    Raises:
+        InputError: Names the field and what it may be.
+    """
+    features = model.features
+    if len(features) < 2 or not all(isinstance(n, int) and n > 0 for n in features):
+        raise InputError(
+            f"model.features = {features} must be two or more whole numbers above 0,"
+            " finest level first, such as (16,32,64,128)."
+        )
+    if model.norm == "group" and any(n % model.norm_groups for n in features):
+        raise InputError(
+            f"model.norm_groups = {model.norm_groups} does not divide each of"
+            f" model.features = {features}: use {math.gcd(*features)}, or a divisor of"
+            " it."
+        )
+    if not 0.0 <= model.dropout < 1.0:
+        raise InputError(f"model.dropout = {model.dropout} must be in [0, 1).")
+    choose(("float32", "bfloat16"), model.dtype, "model.dtype =")
+    choose(("same", "valid"), model.padding, "model.padding =")
 
 
 # --- Sizes ---------------------------------------------------------------------------
@@ -178,7 +203,7 @@ def output_size(model: UNet, size: Sequence[int]) -> Shape:
             )
             nearest = f"{below} or {above}" if below else f"{above}, the smallest"
             raise InputError(
-                f"an image of size {tuple(size)} does not work with padding = 'valid'"
+                f"an image of {size_text(size)} does not work with padding = 'valid'"
                 f" and {model.depth} halvings, because {n} does not stay even at each"
                 f" of them: use {nearest} (572 gives 388 in the paper's net)."
             )
@@ -258,7 +283,9 @@ def build(name: str, **fields: Any) -> UNet:
     """
     factory = choose(MODELS, name, "model.name =")
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return factory(**tuples)
+    model = factory(**tuples)
+    check(model)
+    return model
 
 
 def fields(model: UNet) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.types import Array, InputError, NumpyArray
+from unet_jax.types import Array, NumpyArray, choose
 
 KINDS = ("range", "standard", "example")
 Stats = Mapping[str, Any]
@@ -38,8 +38,7 @@ def measure(kind: str, images: Iterable[NumpyArray]) -> dict[str, Any]:
     Raises:
         InputError: An unknown kind.
     """
-    if kind not in KINDS:
-        raise InputError(f"data.normalisation = {kind!r}: use one of {list(KINDS)}.")
+    choose(KINDS, kind, "data.normalisation =")
     images = iter(images)
     first = next(images)
     channels, dtype = first.shape[-1], first.dtype.name

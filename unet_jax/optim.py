@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from unet_jax.types import InputError, PyTree
+from unet_jax.types import InputError, PyTree, choose
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "poly", "plateau")
@@ -55,8 +55,7 @@ def _schedule(
     power: float,
     final_fraction: float,
 ) -> optax.Schedule:
-    if kind not in SCHEDULES:
-        raise InputError(f"optim.schedule = {kind!r}: use one of {list(SCHEDULES)}.")
+    choose(SCHEDULES, kind, "optim.schedule =")
     if warmup_steps >= total_steps and warmup_steps:
         raise InputError(
             f"optim.warmup_steps = {warmup_steps} leaves nothing of train.steps ="
@@ -72,7 +71,9 @@ def _schedule(
         main = optax.constant_schedule(learning_rate)
     if not warmup_steps:
         return main
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    # The first update already has a rate: from 1 / warmup_steps of it, not from 0.
+    first = learning_rate / warmup_steps
+    warmup = optax.linear_schedule(first, learning_rate + first, warmup_steps)
     return optax.join_schedules([warmup, main], [warmup_steps])
 
 
@@ -98,7 +99,7 @@ def build(
         total_steps: Updates in all; where ``cosine`` and ``poly`` end.
         schedule: ``constant`` | ``cosine`` | ``poly`` | ``plateau``. ``plateau`` is
             constant here: the loop scales the update (`unet_jax.evaluation.Progress`).
-        warmup_steps: Updates of linear rise from 0.
+        warmup_steps: Updates of linear rise, from ``1 / warmup_steps`` of the peak.
         power: The exponent of ``poly``.
         final_fraction: Where ``cosine`` and ``poly`` end, as a part of the peak.
         momentum: Of ``sgd``; the paper's is 0.99 (arXiv 1505.04597, section 3).
@@ -113,6 +114,7 @@ def build(
     Raises:
         InputError: An unknown name, or a warm-up longer than the run.
     """
+    choose(OPTIMIZERS, name, "optim.name =")
     rate = _schedule(
         schedule,
         learning_rate,
@@ -129,10 +131,8 @@ def build(
         core = optax.sgd(rate, momentum=momentum)
     elif name == "adam":
         core = optax.adam(rate)
-    elif name == "adamw":
-        core = optax.adamw(rate, weight_decay=weight_decay, mask=kernels)
     else:
-        raise InputError(f"optim.name = {name!r}: use one of {list(OPTIMIZERS)}.")
+        core = optax.adamw(rate, weight_decay=weight_decay, mask=kernels)
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     if weight_decay and name != "adamw":
         parts.append(optax.add_decayed_weights(weight_decay, mask=kernels))

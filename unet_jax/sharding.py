@@ -1,8 +1,8 @@
 """The mesh of devices, and how a batch and a state lie on it.
 
-One code path from one CPU to a pod: ``jit`` with `NamedSharding`. A batch is split over
-the axis ``data``, the state is replicated, and XLA inserts the collectives; batch
-statistics are therefore those of the whole batch.
+One code path from one CPU to all devices of a host: ``jit`` with `NamedSharding`. A
+batch is split over the axis ``data``, the state is replicated, and XLA inserts the
+collectives; batch statistics are therefore those of the whole batch.
 """
 
 import collections
@@ -23,8 +23,13 @@ def make_mesh(data: int = -1) -> Mesh:
         data: How many devices share a batch; -1 for all there are.
 
     Raises:
-        InputError: More devices asked for than there are.
+        InputError: More devices asked for than there are, or several processes.
     """
+    if jax.process_count() > 1:
+        raise InputError(
+            f"this is one of {jax.process_count()} processes, and a run uses the"
+            " devices of one: start it on a single host."
+        )
     devices = jax.devices()
     count = len(devices) if data == -1 else data
     if not 1 <= count <= len(devices):
@@ -58,6 +63,12 @@ def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
             f"{name} = {batch_size} does not divide over {devices} devices: use"
             f" {nearest} or {nearest + devices}, or mesh.data=1."
         )
+
+
+def round_up(mesh: Mesh, batch_size: int) -> int:
+    """The smallest number of rows from ``batch_size`` on that divides over devices."""
+    devices = mesh.shape["data"]
+    return -(-batch_size // devices) * devices
 
 
 def place(batch: Any, mesh: Mesh) -> Any:

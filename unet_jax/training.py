@@ -90,7 +90,7 @@ def fit(batch: Mapping[str, Array], logits: Array) -> tuple[Array, Array]:
     return crop(batch["label"], size), crop(batch["weight"], size)
 
 
-def _any_weight(weight: Array) -> Array:
+def any_weight(weight: Array) -> Array:
     """``f32[B]``: 1 for an example of which anything counts."""
     return jnp.any(weight > 0, axis=tuple(range(1, weight.ndim))).astype(jnp.float32)
 
@@ -163,7 +163,7 @@ def make_train_step(
             rngs={"dropout": jax.random.fold_in(dropout_key, micro)},
         )
         label, weight = fit(batch, logits)
-        counted = _any_weight(weight)
+        counted = any_weight(weight)
         loss = jnp.sum(loss_fn(logits, label, weight) * counted)
         return loss, (updated.get("batch_stats", batch_stats), jnp.sum(counted))
 

@@ -14,7 +14,7 @@ Tasks:
                  of zeros and ones (a binary sigmoid net is ``labels`` with K = 1)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 import jax
@@ -73,3 +73,25 @@ class InputError(ValueError):
     The command line prints it without a traceback; everything else is a bug and keeps
     its traceback.
     """
+
+
+def choose(table: Collection[Any], name: Any, what: str) -> Any:
+    """The entry ``name`` of a dict, or ``name`` itself if another collection has it.
+
+    Args:
+        table: What there is.
+        name: What is asked for.
+        what: What the sentence calls it, such as ``"model.act ="``.
+
+    Raises:
+        InputError: It is not there; the sentence lists what is.
+    """
+    if name not in table:
+        known = ", ".join(map(str, sorted(table)))
+        raise InputError(f"{what} {name!r} is not known: use one of {known}.")
+    return table[name] if isinstance(table, Mapping) else name
+
+
+def size_text(size: Sequence[int]) -> str:
+    """A spatial size for people: ``572 x 572``."""
+    return " x ".join(map(str, size))

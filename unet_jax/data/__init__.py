@@ -16,7 +16,7 @@ from unet_jax.data.batches import eval_batches, train_batches
 from unet_jax.data.plan import plan
 from unet_jax.data.source import Cached, Checked, Labelled, Source, Standardised
 from unet_jax.normalisation import KINDS
-from unet_jax.types import InputError, Task
+from unet_jax.types import InputError, Task, choose
 
 __all__ = ["Dataset", "Source", "build", "eval_batches", "plan", "train_batches"]
 
@@ -79,9 +79,9 @@ def build(
         InputError: an unknown source, task or normalisation; parts that do not fit each
             other; and whatever the source finds wrong.
     """
-    _check_name("source", source, SOURCES)
-    _check_name("task", task, get_args(Task))
-    _check_name("normalisation", normalisation, KINDS)
+    choose(SOURCES, source, "data.source =")
+    choose(get_args(Task), task, "task =")
+    choose(KINDS, normalisation, "data.normalisation =")
     given = {"cells": cells, "folder": folder, "volumes": volumes, "tfds": tfds}
     options = dict(given[source] or {})
     if source in ("folder", "volumes"):
@@ -151,10 +151,3 @@ def _cache(parts: Sequence[Source], megabytes: float) -> Sequence[Source]:
         Cached(parts[0], megabytes * share),
         Cached(parts[1], megabytes * (1 - share)),
     ]
-
-
-def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise InputError(
-            f"The {what} {name!r} is not known: choose one of {', '.join(known)}."
-        )

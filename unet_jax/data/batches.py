@@ -15,7 +15,15 @@ import numpy as np
 from unet_jax.data.plan import plan
 from unet_jax.data.source import Source
 from unet_jax.layers import mirror
-from unet_jax.types import Batch, Example, InputError, NumpyArray, Pads, Shape
+from unet_jax.types import (
+    Batch,
+    Example,
+    InputError,
+    NumpyArray,
+    Pads,
+    Shape,
+    size_text,
+)
 
 Arrays = dict[str, NumpyArray]
 """an example with its weight"""
@@ -142,16 +150,17 @@ def _check_crop(source: Source, crop: Shape, margins: Shape) -> None:
         size = tuple(source.size(i))
         if len(size) != len(crop):
             raise InputError(
-                f"The crop {_text(crop)} has {len(crop)} axes, but {source.name(i)} "
-                f"has {len(size)} ({_text(size)}): give one number for each axis."
+                f"The crop {size_text(crop)} has {len(crop)} axes, but "
+                f"{source.name(i)} has {len(size)} ({size_text(size)}): give one "
+                "number for each axis."
             )
         largest = tuple(map(max, largest, size))
         if all(n + 2 * m >= c for n, m, c in zip(largest, margins, crop, strict=True)):
             return
-    mirrored = f" and a mirrored margin of {_text(margins)}" if any(margins) else ""
+    mirrored = f" and a mirrored margin of {size_text(margins)}" if any(margins) else ""
     raise InputError(
-        f"The crop {_text(crop)} is larger than every training image (at most "
-        f"{_text(largest)}{mirrored}): choose a smaller crop."
+        f"The crop {size_text(crop)} is larger than every training image (at most "
+        f"{size_text(largest)}{mirrored}): choose a smaller crop."
     )
 
 
@@ -238,7 +247,3 @@ def _run(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     batches = grain.MapDataset.source(_Batches(read, count))[start:]
     return iter(batches.to_iter_dataset(options))
-
-
-def _text(shape: Shape) -> str:
-    return " x ".join(map(str, shape))

@@ -22,7 +22,7 @@ from unet_jax.data import images as image_files
 from unet_jax.data import masks as mask_codings
 from unet_jax.data import split as splits
 from unet_jax.data.masks import Coding
-from unet_jax.types import Example, InputError, NumpyArray, Shape
+from unet_jax.types import Example, InputError, NumpyArray, Shape, size_text
 
 _LOG = logging.getLogger("unet_jax")
 
@@ -192,8 +192,8 @@ def same_size(pair: Pair, image: Shape, mask: Shape) -> None:
     """Raises InputError if the two spatial shapes differ."""
     if image != mask:
         raise InputError(
-            f"{pair.image} has the size {_text(image)}, but its mask {pair.mask} "
-            f"{_text(mask)} (rows first): give them the same size."
+            f"{pair.image} has the size {size_text(image)}, but its mask {pair.mask} "
+            f"{size_text(mask)} (rows first): give them the same size."
         )
 
 
@@ -320,7 +320,3 @@ def _no_mask(
         remedy = f"add a file of the same stem in {place}, or take the image away"
     more = more if len(missing) > 1 else ""
     return InputError(f"The image {image_files[key]} has no mask{more}: {remedy}.")
-
-
-def _text(shape: Shape) -> str:
-    return " x ".join(map(str, shape))

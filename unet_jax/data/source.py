@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from unet_jax import normalisation
-from unet_jax.types import Example, InputError, NumpyArray, Shape, Task
+from unet_jax.types import Example, InputError, NumpyArray, Shape, Task, size_text
 
 
 class Source(Protocol):
@@ -116,8 +116,8 @@ class Checked(Wrapper):
             )
         if label.shape != image.shape[:-1]:
             raise InputError(
-                f"The mask of {name} has the size {_text(label.shape)}, but the image "
-                f"{_text(image.shape[:-1])}: give them the same size."
+                f"The mask of {name} has the size {size_text(label.shape)}, but the "
+                f"image {size_text(image.shape[:-1])}: give them the same size."
             )
         if image.dtype.kind == "f" and not np.isfinite(image).all():
             raise InputError(
@@ -229,7 +229,3 @@ class Labelled(Wrapper):
             label = (label[..., None] == ids).astype(np.uint8)
             weight = np.broadcast_to(weight[..., None], label.shape)
         return {"image": example["image"], "label": label, "weight": weight}
-
-
-def _text(shape: Shape) -> str:
-    return " x ".join(map(str, shape))

@@ -1,0 +1,171 @@
+"""A run wired from its config: data, net, loss, optimizer and the compiled steps.
+
+The config is plain data, the sections and keys of ``configs/default.py``; each section
+goes to the builder of the same name as keyword arguments.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+
+from unet_jax import augment, data, losses, models, normalisation, optim, sharding
+from unet_jax.checkpoint import Meta
+from unet_jax.evaluation import (
+    Evaluation,
+    evaluate,
+    figures,
+    jit_eval_step,
+    make_eval_step,
+)
+from unet_jax.training import TrainState, init_state, make_train_step
+from unet_jax.types import InputError, choose
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, wired: what `build` makes of a config."""
+
+    config: dict[str, Any]
+    mesh: jax.sharding.Mesh
+    dataset: data.Dataset
+    model: models.UNet
+    schedule: Any
+    meta: Meta
+    init: Any  # () -> TrainState
+    train_step: Any  # (state, batch) -> (state, stats), jitted
+    eval_step: Any  # (variables, batch) -> stats, jitted
+
+    def train_batches(self, start: int) -> Iterator[Any]:
+        """Host batches from step ``start`` on."""
+        train = self.config["train"]
+        return data.train_batches(
+            self.dataset.train,
+            seed=self.config["seed"],
+            batch_size=train["batch_size"],
+            crop=train["crop"],
+            margin=models.margin(self.model),
+            start=start,
+        )
+
+    def evaluate(self, state: TrainState, *, keep: int = 0) -> Evaluation:
+        """Evaluates the evaluation split, whole images."""
+        batches = data.eval_batches(
+            self.dataset.evaluation,
+            batch_size=sharding.round_up(
+                self.mesh, self.config["train"]["eval_batch_size"]
+            ),
+            pads=partial(models.pads, self.model),
+        )
+        return evaluate(
+            self.eval_step,
+            state.variables,
+            batches,
+            mesh=self.mesh,
+            task=self.meta.task,
+            label_names=self.meta.label_names,
+            keep=keep,
+        )
+
+
+def check(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
+    """Refuses what cannot work, before any data is read."""
+    train = config["train"]
+    for name in ("steps", "batch_size", "accumulate", "eval_batch_size"):
+        if train[name] < 1:
+            raise InputError(f"train.{name} = {train[name]} must be 1 or more.")
+    if not train["crop"] or min(train["crop"]) < 1:
+        raise InputError(
+            f"train.crop = {train['crop']} must be a size of 1 or more an axis."
+        )
+    sharding.check_batch(mesh, train["batch_size"], "train.batch_size")
+    if train["batch_size"] % train["accumulate"]:
+        raise InputError(
+            f"train.accumulate = {train['accumulate']} does not divide"
+            f" train.batch_size = {train['batch_size']}: use a divisor of it."
+        )
+    for key, value in (("over", "batch"), ("normalise", "weights")):
+        if train["accumulate"] > 1 and config["loss"].get(key) == value:
+            raise InputError(
+                f"loss.{key} = {value!r} needs the whole batch at once, and"
+                f" train.accumulate = {train['accumulate']} splits it: use"
+                f" train.accumulate=1 or leave out loss.{key}."
+            )
+
+
+def build(config: dict[str, Any], mesh: jax.sharding.Mesh) -> Run:
+    """Wires a run from a config; reads the data, compiles nothing."""
+    train = config["train"]
+    check(config, mesh)
+    task = config["task"]
+    loss_fn = losses.build(task=task, **config["loss"])
+    augment_fn = augment.build(**config["augment"])
+    dataset = data.build(task=task, **config["data"])
+    if len(train["crop"]) != dataset.rank:
+        raise InputError(
+            f"train.crop = {train['crop']} has {len(train['crop'])} axes and the images"
+            f" have {dataset.rank}: give one size an axis."
+        )
+    names = dataset.label_names
+    volumes = config["data"]["volumes"] if config["data"]["source"] == "volumes" else {}
+    known = figures(task, names)
+    choose(known, train["monitor"], "train.monitor =")
+    choose(known, config["plateau"]["monitor"], "plateau.monitor =")
+    model = models.build(**config["model"], num_classes=len(names))
+    models.output_size(model, train["crop"])
+    stats = normalisation.measure(
+        config["data"]["normalisation"],
+        (dataset.train[i]["image"] for i in range(len(dataset.train))),
+    )
+    tx, schedule = optim.build(total_steps=train["steps"], **config["optim"])
+    meta = Meta(
+        model={"name": config["model"]["name"], **models.fields(model)},
+        task=task,
+        label_names=names,
+        normalisation=stats,
+        channels=dataset.channels,
+        rank=dataset.rank,
+        spacing=volumes.get("spacing", ()),
+        threshold=train["threshold"],
+        config=config,
+    )
+    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+    shape = (train["batch_size"], *train["crop"], dataset.channels)
+    init = partial(
+        init_state,
+        model,
+        tx,
+        seed=config["seed"],
+        image_shape=shape,
+        ema=train["ema"] > 0,
+    )
+    train_step = make_train_step(
+        model,
+        tx,
+        loss_fn,
+        augment_fn,
+        stats=stats,
+        accumulate=train["accumulate"],
+        ema_decay=train["ema"],
+    )
+    eval_step = make_eval_step(
+        model, loss_fn, task=task, stats=stats, threshold=train["threshold"]
+    )
+    return Run(
+        config=config,
+        mesh=mesh,
+        dataset=dataset,
+        model=model,
+        schedule=schedule,
+        meta=meta,
+        init=jax.jit(init, out_shardings=whole),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(whole, rows),
+            out_shardings=(whole, whole),
+            donate_argnums=0,
+        ),
+        eval_step=jit_eval_step(eval_step, mesh),
+    )
