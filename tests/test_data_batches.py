@@ -22,14 +22,15 @@ class Numbered:
 
     label_names = ("background", "a", "b", "c", "d")
 
-    def __init__(self, *sizes, channels=1):
+    def __init__(self, *sizes, channels=1, title="image"):
         self.sizes, self.channels, self.reads = sizes, channels, 0
+        self.title = title
 
     def __len__(self):
         return len(self.sizes)
 
     def name(self, i):
-        return f"image-{i}.png"
+        return f"{self.title}-{i}.png"
 
     def size(self, i):
         return self.sizes[i]
@@ -375,6 +376,10 @@ def test_build(task, normalisation):
         ({"task": "class"}, "use one of classes, labels"),
         ({"normalisation": "z"}, "use one of example, range, standard"),
         ({"train": "train[90%:80%]"}, "is empty"),
+        (
+            {"train": "train[:12]", "evaluation": "train[10:]"},
+            r"share 2 examples, cells-train-0010 among them",
+        ),
     ],
 )
 def test_build_errors(change, message):
@@ -395,16 +400,19 @@ def test_wrong_option_is_a_type_error():
 
 
 def test_parts_that_do_not_fit(monkeypatch):
-    parts = {"a": Numbered((4, 4)), "b": Numbered((4, 4), channels=2)}
+    parts = {"a": Numbered((4, 4)), "b": Numbered((4, 4), channels=2, title="b")}
     monkeypatch.setattr(data.importlib, "import_module", lambda _: _Opener(parts))
     options = {"source": "folder", "train": "a", "evaluation": "b", "task": "classes"}
-    with pytest.raises(InputError, match=r"image-0\.png has 2 channels"):
+    with pytest.raises(InputError, match=r"b-0\.png has 2 channels"):
         data.build(**options)
-    parts["b"] = Numbered((4, 4))
+    parts["b"] = Numbered((4, 4), title="b")
     parts["b"].label_names = ("background", "a")
     assert data.build(**options).evaluation.label_names == Numbered.label_names
     parts["b"].label_names = ("background", "x")
     with pytest.raises(InputError, match=r"name all of them in data\.folder"):
+        data.build(**options)
+    parts["b"] = Numbered((4, 4))
+    with pytest.raises(InputError, match=r"share 1 examples, image-0\.png"):
         data.build(**options)
     parts["b"] = Numbered()
     with pytest.raises(InputError, match=r"split 'b' .*no examples"):

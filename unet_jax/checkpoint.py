@@ -88,8 +88,9 @@ def _tuples(value: Any) -> Any:
 
 
 def _orbax() -> Any:
-    # Orbax reports every save at INFO and warns about choices that are ours on purpose.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax reports every save at INFO, warns about choices that are ours on purpose,
+    # and prints the traceback of a failed save, which we raise as a sentence.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import orbax.checkpoint as ocp

@@ -76,8 +76,8 @@ def build(
         checked when they are read.
 
     Raises:
-        InputError: an unknown source, task or normalisation; parts that do not fit each
-            other; and whatever the source finds wrong.
+        InputError: an unknown source, task or normalisation; parts that share examples
+            or do not fit each other; and whatever the source finds wrong.
     """
     choose(SOURCES, source, "data.source =")
     choose(get_args(Task), task, "task =")
@@ -96,6 +96,8 @@ def build(
                 f"The split {split!r} of the source {source!r} has no examples: check "
                 "root and the split."
             )
+    if train != evaluation:
+        _check_apart(parts, (train, evaluation))
     names = _label_names(parts, (train, evaluation), source)
     first = parts[0][0]["image"]
     channels, rank = first.shape[-1], first.ndim - 1
@@ -141,6 +143,18 @@ def _label_names(
             f"of them in data.{source}.label_names."
         )
     return longer
+
+
+def _check_apart(parts: list[Source], splits: tuple[str, str]) -> None:
+    """Refuses to evaluate on what is trained on, unless the splits say the same."""
+    train, evaluation = ({part.name(i) for i in range(len(part))} for part in parts)
+    shared = sorted(train & evaluation)
+    if shared:
+        raise InputError(
+            f"The splits {splits[0]!r} and {splits[1]!r} share {len(shared)} examples,"
+            f" {shared[0]} among them: part the list, as in data.train=train[:80%] and"
+            " data.evaluation=train[80%:], or give the same split twice if you mean it."
+        )
 
 
 def _cache(parts: Sequence[Source], megabytes: float) -> Sequence[Source]:
