@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     config.data.volumes.slices = False
     config.data.volumes.label_names = ("background", "anterior", "posterior")
 
+    # No flips: they would turn an anterior part into a posterior one.
+    config.augment.flip = False
     config.augment.quarter_turns = False
     config.augment.rotate = 15.0
     config.augment.scale = 0.15

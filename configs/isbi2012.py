@@ -27,10 +27,12 @@ def get_config() -> ConfigDict:
     config.augment.brightness = 0.1
     config.augment.contrast = 0.2
     config.augment.gamma = 0.2
+    config.augment.noise = 0.03
 
     config.model.features = (16, 32, 64, 128, 256)
 
-    config.train.steps = 1200
+    config.train.steps = 1500
+    config.train.ema = 0.995
     config.train.batch_size = 4
     config.train.crop = (256, 256)
     config.train.log_every = 25
