@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from unet_jax import report, sharding
+from unet_jax import normalisation, report, sharding
 from unet_jax.checkpoint import Checkpoints, check_same_run
 from unet_jax.evaluation import Progress, score_of
 from unet_jax.log import Meter, RunLog, replace_file
@@ -76,6 +76,10 @@ def describe(run: Run) -> None:
         f" examples, {dataset.dtype}, {dataset.channels} channel(s);"
         f" {run.meta.task}: {', '.join(run.meta.label_names)}"
     )
+    some = range(min(len(dataset.train), 16))
+    images = (dataset.train[i]["image"] for i in some)
+    if advice := normalisation.advice(run.meta.normalisation, images):
+        say(f"note: {advice}")
     epochs = train["steps"] * train["batch_size"] / len(dataset.train)
     say(
         f"training: {train['steps']} steps of {train['batch_size']} crops of {size},"
@@ -311,6 +315,10 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     if not files and "--config" not in argv:
         default = Path(__file__).parent / "configs" / "default.py"
         argv = [argv[0], f"--config={default}", *argv[1:]]
+    names = [arg.split("=", 1)[0] for arg in argv if arg.startswith("--config.")]
+    for name in names:
+        if names.count(name) > 1:  # ml_collections would join two tuples into one
+            raise InputError(f"{name} is given more than once: give it once.")
     for name in files:
         if not Path(name).is_file():
             raise InputError(f"there is no config file {name}: look into configs/.")

@@ -403,6 +403,9 @@ def test_parts_that_do_not_fit(monkeypatch):
     parts = {"a": Numbered((4, 4)), "b": Numbered((4, 4), channels=2, title="b")}
     monkeypatch.setattr(data.importlib, "import_module", lambda _: _Opener(parts))
     options = {"source": "folder", "train": "a", "evaluation": "b", "task": "classes"}
+    with pytest.raises(InputError, match=r"--config\.data\.root=DIR"):
+        data.build(**options)
+    options["root"] = "here"
     with pytest.raises(InputError, match=r"b-0\.png has 2 channels"):
         data.build(**options)
     parts["b"] = Numbered((4, 4), title="b")

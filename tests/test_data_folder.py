@@ -94,7 +94,7 @@ def test_mixed_formats_channels_and_ignore(tmp_path):
     save(tmp_path / "images" / "c.jpg", rgb)
     np.save(tmp_path / "masks" / "c.npy", np.asarray([[255] * 8] + [[7] * 8] * 5))
     for channels in (1, 3):
-        source = folder.open(root=tmp_path, split="x", channels=channels, ignore=7)
+        source = folder.open(root=tmp_path, split="all", channels=channels, ignore=7)
         assert [source[i]["image"].shape[-1] for i in range(3)] == [channels] * 3
     example = source[2]
     np.testing.assert_array_equal(example["weight"], [[1] * 8] + [[0] * 8] * 5)
@@ -106,14 +106,14 @@ def test_instances(tmp_path):
     objects = np.zeros((6, 8), np.uint16)
     objects[0], objects[2] = 1, 300
     Image.fromarray(objects).save(tmp_path / "masks" / "a.png")
-    source = folder.open(root=tmp_path, split="x", mask="instances")
+    source = folder.open(root=tmp_path, split="all", mask="instances")
     np.testing.assert_array_equal(source[0]["label"], objects > 0)
     np.testing.assert_array_equal(source.instances(0), objects)
 
 
 def test_reading_from_threads(tmp_path):
     fill(tmp_path, "abcd")
-    source = folder.open(root=tmp_path, split="x")
+    source = folder.open(root=tmp_path, split="all")
     with ThreadPoolExecutor(8) as pool:
         sums = list(pool.map(lambda i: int(source[i % 4]["label"].sum()), range(64)))
     assert sums == [0, 1, 2, 3] * 16
@@ -123,7 +123,7 @@ def test_mask_without_image_is_a_warning_line(tmp_path, caplog):
     fill(tmp_path, "ab")
     os.remove(tmp_path / "images" / "a.png")
     with caplog.at_level(logging.WARNING, "unet_jax"):
-        assert len(folder.open(root=tmp_path, split="x")) == 1
+        assert len(folder.open(root=tmp_path, split="all")) == 1
     assert "1 masks have no image" in caplog.text and "a.png" in caplog.text
 
 
@@ -132,7 +132,7 @@ def test_mask_without_image_is_a_warning_line(tmp_path, caplog):
 
 def refused(match: str, root: Path, **options: object) -> None:
     with pytest.raises(InputError, match=match) as caught:
-        source = folder.open(root=root, split="x", **options)
+        source = folder.open(root=root, split="all", **options)
         for i in range(len(source)):
             source[i]
     text = str(caught.value)
@@ -152,7 +152,7 @@ def test_masks_named_with_an_ending(tmp_path):
         mask = tmp_path / "masks" / f"{name}.png"
         mask.rename(mask.with_name(f"{name}_mask.png"))
     refused(r"a\.png has no mask \(4 of 4 .*glob such as 'masks/\*_mask.png'", tmp_path)
-    assert len(folder.open(root=tmp_path, split="x", masks="masks/*_mask.png")) == 4
+    assert len(folder.open(root=tmp_path, split="all", masks="masks/*_mask.png")) == 4
 
 
 def test_sizes_that_differ(tmp_path, monkeypatch):
@@ -160,9 +160,9 @@ def test_sizes_that_differ(tmp_path, monkeypatch):
     save(tmp_path / "masks" / "c.png", np.zeros((8, 6), np.uint8))
     match = r"c\.png has the size 6 x 8, but its mask .*c\.png 8 x 6 .*the same size"
     with pytest.raises(InputError, match=match):
-        folder.open(root=tmp_path, split="x")
+        folder.open(root=tmp_path, split="all")
     monkeypatch.setattr(folder, "CHECK_AT_OPENING", 0)
-    source = folder.open(root=tmp_path, split="x")
+    source = folder.open(root=tmp_path, split="all")
     with pytest.raises(InputError, match=match):
         source[2]
 
@@ -177,7 +177,7 @@ def test_value_out_of_range(tmp_path):
         label_names=("a", "b", "c"),
         ignore=255,
     )
-    refused(r"values 0, 4, 255 \(such as 255 in .*b\.png\)", tmp_path)
+    refused(r"values 0, 4, 255 \(such as 4 in .*c\.png\)", tmp_path)
 
 
 @pytest.mark.parametrize("which", ["images", "masks"])
@@ -225,7 +225,7 @@ def test_jpeg_masks(tmp_path, rng):
     refused(
         r"d\.jpg is a JPEG, which blurs .* as PNG, or set `mask` to binary", tmp_path
     )
-    source = folder.open(root=tmp_path, split="x", mask="binary")
+    source = folder.open(root=tmp_path, split="all", mask="binary")
     np.testing.assert_array_equal(source[3]["label"], blob // 255)
 
 

@@ -362,8 +362,11 @@ def test_auto_refuses_what_it_cannot_tell(tmp_path, rng):
     noisy = rng.integers(0, 256, (32, 32), np.uint8)
     with pytest.raises(InputError, match=r"m0\.jpg is a JPEG.*PNG.*binary"):
         choose(masks(tmp_path, noisy, suffix=".jpg"), images.read_mask)
-    with pytest.raises(InputError, match=r"values 0, 1, 2.*`mask` to instances"):
+    with pytest.raises(InputError, match=r"values 0, 1, 2.*to instances"):
         choose(masks(tmp_path, np.arange(256, dtype=np.uint8)[None]), images.read_mask)
+    slip = masks(tmp_path, u8(0, 255), u8(0, 128, 255), u8(0, 255))
+    with pytest.raises(InputError, match=r"such as 128 in .*m1\.png.*to binary"):
+        choose(slip, images.read_mask)
     picture = rng.integers(0, 256, (32, 32, 3), np.uint8)
     with pytest.raises(InputError, match=r"masks have \d+ colours, as in .*m0\.png"):
         choose(masks(tmp_path, picture), images.read_mask)

@@ -196,8 +196,10 @@ def test_resample_nearest_and_back(rng):
 def test_spacing(tmp_path, rng):
     cases(tmp_path, rng)
     zooms = np.linalg.norm(AFFINE[:3, :3], axis=0)
-    plain = volumes.open(root=tmp_path, split="x", **MSD)
-    source = volumes.open(root=tmp_path, split="x", spacing=zooms / 2, **MSD, ignore=2)
+    plain = volumes.open(root=tmp_path, split="all", **MSD)
+    source = volumes.open(
+        root=tmp_path, split="all", spacing=zooms / 2, **MSD, ignore=2
+    )
     example = source[0]
     assert source.size(0) == (8, 12, 10) == example["label"].shape
     assert example["image"].shape == (8, 12, 10, 1)
@@ -206,10 +208,10 @@ def test_spacing(tmp_path, rng):
         volumes.resample_to(example["weight"], (4, 6, 5)), ~void
     )
     with pytest.raises(InputError, match=r"spacing=\(1\.0, 1\.0\) needs slices=False"):
-        volumes.open(root=tmp_path, split="x", spacing=(1, 1), **MSD)
+        volumes.open(root=tmp_path, split="all", spacing=(1, 1), **MSD)
     stack(tmp_path, rng)
     with pytest.raises(InputError, match=r"volume\.tif does not say its voxel size"):
-        volumes.open(root=tmp_path, split="x", slices=False, spacing=(1, 1, 1))
+        volumes.open(root=tmp_path, split="all", slices=False, spacing=(1, 1, 1))
 
 
 # ---- bad input
@@ -270,7 +272,7 @@ def test_values(tmp_path, rng):
     cases(tmp_path, rng)
     nifti(tmp_path / "labelsTr" / "v1.nii.gz", np.full((5, 6, 5), 7, np.uint8))
     source = volumes.open(
-        root=tmp_path, split="x", mask="index", label_names=("a", "b", "c"), **MSD
+        root=tmp_path, split="all", mask="index", label_names=("a", "b", "c"), **MSD
     )
     with pytest.raises(InputError, match=r"v1\.nii\.gz has the value 7, but the 3 cla"):
         source[1]
@@ -288,7 +290,7 @@ def test_mask_elsewhere_is_a_warning_line(tmp_path, rng, caplog):
     cases(tmp_path, rng, 1)
     nifti(tmp_path / "labelsTr" / "v0.nii.gz", np.ones((4, 6, 5), np.uint8), np.eye(4))
     with caplog.at_level(logging.WARNING, "unet_jax"):
-        volumes.open(root=tmp_path, split="x", **MSD)
+        volumes.open(root=tmp_path, split="all", **MSD)
     assert "v0.nii.gz" in caplog.text and "different places" in caplog.text
 
 

@@ -48,3 +48,13 @@ def test_example_is_done_at_loading(rng):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(InputError, match="range"):
         normalisation.measure("minmax", [np.zeros((1, 1, 1))])
+
+
+def test_a_narrow_range_is_pointed_out(rng):
+    camera = [rng.integers(500, 3800, (8, 8, 1)).astype(np.uint16) for _ in range(3)]
+    stats = normalisation.measure("range", camera)
+    assert "5.0% of the range of uint16" in normalisation.advice(stats, camera)
+    standard = normalisation.measure("standard", iter(camera))
+    assert normalisation.advice(standard, camera) == ""
+    full = [rng.integers(0, 256, (8, 8, 1)).astype(np.uint8)]
+    assert normalisation.advice(normalisation.measure("range", full), full) == ""

@@ -380,6 +380,7 @@ def test_mistakes_on_the_command_line_have_no_traceback(tmp_path):
         (["--config=configs/nothing.py", "--dry_run"], "configs/nothing.py"),
         ([], "--workdir"),
         (["train", "--dry_run"], "'train'"),
+        (["--config.model.features=(2,)", "--dry_run"], "features is given more than"),
     ]:
         out = _run(*flags)
         assert out.returncode == 2

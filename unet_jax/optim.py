@@ -59,7 +59,7 @@ def _schedule(
     if warmup_steps >= total_steps and warmup_steps:
         raise InputError(
             f"optim.warmup_steps = {warmup_steps} leaves nothing of train.steps ="
-            f" {total_steps}: make it smaller."
+            f" {total_steps}: add --config.optim.warmup_steps={total_steps // 10}."
         )
     rest = max(total_steps - warmup_steps, 1)
     final = learning_rate * final_fraction

@@ -8,6 +8,7 @@ and ``batches.eval_batches`` turn them into batches. The sources themselves (``c
 import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 import numpy as np
@@ -20,6 +21,8 @@ from unet_jax.types import InputError, Task, choose
 
 __all__ = ["Dataset", "Source", "build", "eval_batches", "plan", "train_batches"]
 
+# Up to so many examples are all read and checked when they are opened.
+CHECK_AT_OPENING = 500
 SOURCES = ("cells", "folder", "volumes", "tfds")
 
 
@@ -72,8 +75,8 @@ def build(
             chosen source are passed to its ``open``, the others are not looked at.
 
     Returns:
-        The data set. One example of each part has been read and checked, the others are
-        checked when they are read.
+        The data set. Up to `CHECK_AT_OPENING` examples have all been read and checked;
+        of more, one of each part, and the others are checked when they are read.
 
     Raises:
         InputError: an unknown source, task or normalisation; parts that share examples
@@ -85,6 +88,10 @@ def build(
     given = {"cells": cells, "folder": folder, "volumes": volumes, "tfds": tfds}
     options = dict(given[source] or {})
     if source in ("folder", "volumes"):
+        if not root:
+            raise InputError(
+                f"The source {source!r} needs a folder: give --config.data.root=DIR."
+            )
         options["root"] = root
     elif source == "tfds" and root and not options.get("data_dir"):
         options["data_dir"] = root
@@ -116,6 +123,11 @@ def build(
     parts = _cache(parts, cache_mb)
     parts = [Labelled(part, task=task) for part in parts]
     dtypes = {part[0]["image"].dtype for part in parts}
+    if sum(map(len, parts)) <= CHECK_AT_OPENING:
+        # A bad file of a small data set is found before the training and not in it.
+        with ThreadPoolExecutor(4) as pool:
+            for part in parts:
+                list(pool.map(part.__getitem__, range(len(part))))
     return Dataset(
         train=parts[0],
         evaluation=parts[1],

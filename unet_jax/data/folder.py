@@ -26,6 +26,9 @@ from unet_jax.types import Example, InputError, NumpyArray, Shape, size_text
 
 _LOG = logging.getLogger("unet_jax")
 
+# What the one list of a root without split folders may be called.
+WHOLE = ("all", "train")
+
 # With more pairs than this, sizes are compared when an example is read and not before.
 CHECK_AT_OPENING = 3000
 
@@ -115,7 +118,7 @@ def open(
         root: the folder everything is under.
         split: a name, and if wanted one contiguous part of the list of pairs sorted by
             stem (`split.parse`). If ``root/<name>/`` holds the folder ``images``, the
-            list is that folder's; otherwise every name means the whole list.
+            list is that folder's; otherwise ``all`` and ``train`` mean the one list.
         images, masks: a folder, or a glob such as ``"*/images/*.png"``, below the root.
             An image and its mask have the same stem, the file's name without the
             ending; with a glob, the same text where its last wildcards are, so that
@@ -183,6 +186,11 @@ def find_pairs(
         raise InputError(
             f"{root} has no split {name!r}: name one of its folders, {have}, perhaps "
             f"with a part such as {parts[0].name}[:80%]."
+        )
+    if name not in WHOLE:
+        raise InputError(
+            f"{root} has no folder {name!r} to be that split: name a part of its one"
+            " list, such as train[:80%] and train[80%:], or all[-20:]."
         )
     pairs = _pairs(root, images, masks, suffixes)
     return pairs, [pair.mask for pair in pairs]

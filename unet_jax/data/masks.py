@@ -9,7 +9,9 @@
 
 import dataclasses
 import functools
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,8 @@ import numpy as np
 
 from unet_jax.data.images import LOSSY
 from unet_jax.types import InputError, NumpyArray
+
+_LOG = logging.getLogger("unet_jax")
 
 KINDS = ("auto", "binary", "index", "instances", "colors")
 Kind = Literal["binary", "index", "instances", "colors"]
@@ -220,7 +224,14 @@ def choose(
         beside = sorted(set(found.values) - {0})
         if len(beside) <= 1 and len(names) in (0, 2):
             return coding("binary", _two(names, "binary"), foreground=max([0, *beside]))
-    return coding("index", names or found.index_names(sure=mask == "index"))
+    made = names or found.index_names(sure=mask == "index")
+    if mask == "auto" and not names:
+        _LOG.warning(
+            "The masks are read as the classes 0 to %d; if each number is an object,"
+            " set the option mask to instances",
+            len(made) - 1,
+        )
+    return coding("index", made)
 
 
 class _Found:
@@ -237,6 +248,7 @@ class _Found:
             stat = os.stat(path)
             return _values(read, path, stat.st_mtime_ns, stat.st_size, rank)
 
+        self.files: Counter[int] = Counter()  # how many masks have a value
         self.values: dict[int, Path] = {}
         self.colors: dict[int, Path] = {}
         self.paths = paths
@@ -245,6 +257,7 @@ class _Found:
                 into = self.colors if color else self.values
                 for value in values:
                     into.setdefault(value, path)
+                    self.files[value] += 1
         self.values.pop(ignore, None)
         self.colors.pop(ignore * 0x010101, None)
 
@@ -277,14 +290,14 @@ class _Found:
         if largest > 255 or not (sure or (dense and largest < MOST_CLASSES)):
             few = sorted(self.values)
             text = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
-            if len(few) > 8:
-                remedy = "set `mask` to instances if each object has its own number, or"
-            else:
-                remedy = f"set `ignore` to {largest} if that means not annotated, or"
+            # The value of the fewest files is the one that is likely to be a slip.
+            odd = min(few, key=lambda value: (self.files[value], -value))
             raise InputError(
-                f"The masks have the values {text} (such as {largest} in "
-                f"{self.values[largest]}), which are not plainly class ids: {remedy} "
-                "give `label_names` for the ids or a table of `colors`."
+                f"The masks have the values {text} (such as {odd} in "
+                f"{self.values[odd]}), which are not plainly class ids: set `mask` to "
+                "binary if they are black and white, to instances if each object has "
+                f"its own number, or to index; set `ignore` to {odd} if that means not "
+                "annotated; or give `label_names` for the ids or a table of `colors`."
             )
         return ("background", *(f"class_{i}" for i in range(1, max(largest, 1) + 1)))
 
