@@ -5,6 +5,9 @@
 
 DIR holds ``stage1_train/<id>/images/<id>.png`` and ``derived_labels/<id>.png``, 16-bit
 masks with a number a nucleus. The last 20 ids in sorted order are held out.
+
+Measured on two CPU cores with 102 ids, evenly taken from the sorted list of each size:
+pooled Dice 0.917 on the last 20 of them, in 3 min 51 s.
 """
 
 from ml_collections import ConfigDict
