@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.data.tfds.mask = "segmentation_mask"
     config.data.tfds.label_names = ("pet", "background", "border")
     config.data.tfds.shift = 1
+    config.data.tfds.channels = 3  # a few are grey
 
     config.augment.quarter_turns = False
     config.augment.rotate = 15.0

@@ -132,6 +132,9 @@ def build(config: dict[str, Any], mesh: jax.sharding.Mesh) -> Run:
         config=config,
     )
     whole, rows = sharding.replicated(mesh), sharding.split(mesh)
+    # The start runs once: on CPU, unoptimised, it compiles in 0.9 s instead of 3.3 s.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     shape = (train["batch_size"], *train["crop"], dataset.channels)
     init = partial(
         init_state,
@@ -160,12 +163,7 @@ def build(config: dict[str, Any], mesh: jax.sharding.Mesh) -> Run:
         model=model,
         schedule=schedule,
         meta=meta,
-        # Run once, so not worth optimising: it compiles in 0.9 s instead of 3.3 s.
-        init=jax.jit(
-            init,
-            out_shardings=whole,
-            compiler_options={"xla_backend_optimization_level": 0},
-        ),
+        init=jax.jit(init, out_shardings=whole, compiler_options=quick),
         train_step=jax.jit(
             train_step,
             in_shardings=(whole, rows),
