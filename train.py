@@ -315,10 +315,13 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     if not files and "--config" not in argv:
         default = Path(__file__).parent / "configs" / "default.py"
         argv = [argv[0], f"--config={default}", *argv[1:]]
-    names = [arg.split("=", 1)[0] for arg in argv if arg.startswith("--config.")]
-    for name in names:
-        if names.count(name) > 1:  # ml_collections would join two tuples into one
-            raise InputError(f"{name} is given more than once: give it once.")
+    # The last one wins; two tuples for one key would otherwise be joined into one.
+    last = {arg.split("=", 1)[0]: i for i, arg in enumerate(argv)}
+    argv = [
+        arg
+        for i, arg in enumerate(argv)
+        if not re.match(r"--config\.[^=]+=", arg) or last[arg.split("=", 1)[0]] == i
+    ]
     for name in files:
         if not Path(name).is_file():
             raise InputError(f"there is no config file {name}: look into configs/.")
