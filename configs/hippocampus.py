@@ -3,8 +3,8 @@
     python train.py --config=configs/hippocampus.py --workdir=runs/hippocampus \\
         --config.data.root=DIR
 
-DIR holds ``imagesTr`` and ``labelsTr``, NIfTI. MR intensities have no unit, so every
-volume is standardised by itself.
+DIR holds ``imagesTr`` and ``labelsTr``, NIfTI (``pip install nibabel``). MR intensities
+have no unit, so every volume is standardised by itself.
 
 Measured on two CPU cores with every second of the 260 training volumes: pooled Dice
 0.845 (anterior) and 0.834 (posterior) on the last 26 of them, in 5 min 44 s with other
