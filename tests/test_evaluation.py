@@ -87,6 +87,13 @@ def test_an_image_of_which_nothing_counts_has_no_part_in_the_loss():
     )
     assert np.isnan(found.loss[1])
     assert found.results["loss"] == found.loss[0] > 0
+    broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), variables)
+    batch["weight"][1] = 1.0
+    batch["weight"][0] = 0.0
+    found = evaluation.evaluate(
+        step, broken, [batch], mesh=mesh, task="classes", label_names=("a", "b")
+    )
+    assert np.isnan(found.results["loss"])
 
 
 def test_best_counts_the_evaluations_without_a_better_one():

@@ -256,6 +256,19 @@ def test_the_best_evaluation_is_kept_whenever_it_comes(tmp_path, monkeypatch):
     assert meta.progress["best_step"] == 2
 
 
+def test_another_number_of_devices_evaluates_and_goes_on(tmp_path):
+    two = {"mesh.data": 2, "train.ema": 0.9}
+    train.train_and_evaluate(_config(**two, **{"train.steps": 2}), tmp_path)
+    one = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "unet_jax", "evaluate", f"--workdir={tmp_path}"]
+    out = subprocess.run(command, cwd=ROOT, env=one, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("cpu: cpu, 1 device(s)")
+    longer = _config(**{"train.ema": 0.9, "train.steps": 3})
+    train.train_and_evaluate(longer, tmp_path)
+    assert load_for_inference(tmp_path, which="latest")[3] == 3
+
+
 def test_a_workdir_that_cannot_be_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):

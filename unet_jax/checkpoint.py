@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from unet_jax import models
 from unet_jax.models import UNet
@@ -262,17 +261,28 @@ class Checkpoints:
             ema=found.ema if like.ema is not None else None,
         )
 
-    def restore_variables(self, step: int) -> PyTree:
+    def restore_variables(self, step: int, meta: Meta) -> PyTree:
         """``{"params", "batch_stats"}`` to predict with: the average if there is one.
 
-        NumPy arrays, whatever devices the run had.
+        Whole on this process's first device, whatever devices the run had.
+
+        Args:
+            step: A step there is.
+            meta: Its `read_meta`.
         """
         ocp = _orbax()
+        model = meta.build_model()
+        size = [1 + sum(pads) for pads in models.pads(model, (1,) * meta.rank)]
+        image = jax.ShapeDtypeStruct((1, *size, meta.channels), jnp.float32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+        # Without a target that says where, orbax wants the devices of the run back.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+            {"batch_stats": {}, **shapes},
+        )
         present = (self.workdir / "checkpoints" / str(step) / "ema").exists()
         item = "ema" if present else "variables"
-        meta = self._manager.item_metadata(step)[item]
-        tree = getattr(meta, "tree", meta)
-        target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
         return self._manager.restore(step, args=args)[item]
 
@@ -363,5 +373,5 @@ def load_for_inference(
         if step is None or not (path / "checkpoints" / str(step)).exists():
             raise InputError(f"there is no checkpoint {which} in {path}: use best.")
         meta = checkpoints.read_meta(step)
-        variables = checkpoints.restore_variables(step)
+        variables = checkpoints.restore_variables(step, meta)
     return meta.build_model(), variables, meta, step

@@ -136,8 +136,9 @@ def evaluate(
             kept.append({**example, "prediction": prediction})
     order = np.argsort(np.concatenate(index), kind="stable")
     counts = np.concatenate(confusion)[order]
-    losses = np.where(np.concatenate(counted), np.concatenate(loss), np.nan)[order]
-    some = ~np.isnan(losses)
+    some = np.concatenate(counted)[order]
+    losses = np.where(some, np.concatenate(loss)[order], np.nan)
+    # By what counts and not by what is NaN: the loss of a broken net must show.
     results = {"loss": float(losses[some].mean()) if some.any() else float("nan")}
     results |= metrics.summarise(
         counts, task=task, label_names=tuple(label_names), empty=empty
