@@ -79,18 +79,36 @@ def get_config() -> ConfigDict:
     augment.noise = 0.0
 
     config.model = model = ConfigDict()  # unet_jax.models.build
-    model.name = "unet"
-    model.features = (16, 32, 64, 128)
-    model.padding = placeholder(str)  # same | valid
+    model.name = "unet"  # a net of unet_jax.models.MODELS; the keys below change it
+    model.features = (16, 32, 64, 128)  # channels of each level, finest first
+    model.decoder_features = placeholder(tuple)
+    model.encoder = placeholder(str)  # plain | resnet18 | resnet34 | resnet50
+    model.bottleneck = placeholder(str)  # none | transformer
+    model.decoder = placeholder(str)  # unet | unetpp
+    model.block = placeholder(str)  # plain | residual | preactivation | recurrent ...
+    model.decoder_block = placeholder(str)
+    model.down = placeholder(str)  # max | average | strided
+    model.up = placeholder(str)  # transpose | bilinear | nearest | pixel_shuffle ...
+    model.up_features = placeholder(str)  # level | input
+    model.up_bias = placeholder(bool)
+    model.merge = placeholder(str)  # concat | sum | gated | gated_full | none ...
+    model.padding = placeholder(str)  # same | valid | reflect
+    model.kernels = placeholder(tuple)  # of each level, such as ((1, 3, 3), 3, 3)
+    model.strides = placeholder(tuple)  # from each level to the next
     model.norm = placeholder(str)  # batch | instance | group | none
     model.norm_groups = placeholder(int)
-    model.act = placeholder(str)
-    model.up = placeholder(str)  # transpose | bilinear | nearest
-    model.align_corners = placeholder(bool)
+    model.order = placeholder(str)  # of convolution, norm, activation: cna, can, nca
+    model.act = placeholder(str)  # relu | leaky_relu | prelu | elu | gelu | silu
+    model.act_slope = placeholder(float)
+    model.excite = placeholder(str)  # none | se | scse
     model.dropout = placeholder(float)
     model.dropout_levels = placeholder(int)
     model.conv_bias = placeholder(bool)
     model.kernel_init = placeholder(str)
+    model.head_kernel = placeholder(int)
+    model.deep_supervision = placeholder(bool)  # unetpp
+    model.level = placeholder(int)  # unetpp: cut off after this level
+    model.remat = placeholder(int)  # levels to compute again in the backward pass
     model.dtype = placeholder(str)  # float32 | bfloat16
 
     config.loss = loss = ConfigDict()  # unet_jax.losses.build

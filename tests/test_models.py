@@ -10,7 +10,27 @@ from unet_jax import models
 from unet_jax.types import InputError
 
 # name -> parameters for one channel in and two classes out
-PARAMETERS = {"unet": 31_036_546, "unet_2015": 31_030_658}
+PARAMETERS = {
+    "unet": 31_036_546,
+    "unet_2015": 31_030_658,
+    "unet_bilinear": 17_261_890,
+    "unet_shallow": 467_266,
+    "unet_32": 7_759_554,
+    "unet_wide": 9_282_282,
+    "unetpp": 36_164_552,
+    "unetpp_2018": 9_041_832,
+    "attention_unet": 32_415_493,
+    "attention_unet_full": 34_877_486,
+    "resunet": 8_215_554,
+    "r2unet": 39_091_330,
+    "r2attention_unet": 39_442_862,
+    "unet_3d": 6_821_122,
+    "unet_transformer": 20_373_058,
+    "unet_resnet18": 14_322_082,
+    "unet_resnet34": 24_430_242,
+    "unet_resnet50": 32_514_978,
+    "unetpp_resnet34": 26_072_482,
+}
 
 
 def _shapes(model, shape):
@@ -41,7 +61,7 @@ def test_the_2015_net_is_the_papers_level_by_level():
             chex.assert_shape(value, (1, size, size, features))
     shares = {k: _count(v) for k, v in variables["params"].items()}
     assert shares == {"encoder": 18_842_048, "decoder": 12_188_480, "head": 130}
-    assert models.margin(model) == 92
+    assert models.margin(model, 2) == (92, 92)
 
 
 def test_he_normal_has_the_papers_deviation():
@@ -65,11 +85,12 @@ def test_same_padding_takes_any_size(up, size):
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_valid_sizes_agree_with_the_shapes_of_the_net(depth):
     model = models.UNet(num_classes=1, features=(1,) * (depth + 1), padding="valid")
-    works = [n for n in range(1, 300) if models._valid_out(n, depth)]
+    axis, _ = models.axes(model, 2)
+    works = [n for n in range(1, 300) if axis.out(n)]
     for n in works[:3]:
         (logits, _), _ = _shapes(model, (1, n, n, 1))
         chex.assert_shape(logits, (1, *models.output_size(model, (n, n)), 1))
-        assert n - logits.shape[1] == 2 * models.margin(model)
+        assert n - logits.shape[1] == 2 * axis.margin
 
 
 def test_a_size_that_does_not_work_names_the_nearest_that_do():
@@ -87,7 +108,7 @@ def test_padded_output_covers_the_image_and_begins_at_its_first_pixel(padding, s
     pads = models.pads(model, size)
     padded = tuple(n + a + b for n, (a, b) in zip(size, pads, strict=True))
     out = models.output_size(model, padded)
-    edge = models.margin(model)
+    edge, _ = models.margin(model, 2)
     for n, o, (before, after) in zip(size, out, pads, strict=True):
         assert before == edge
         assert n <= o < n + 8 + 8 * (n < 8)
@@ -98,7 +119,7 @@ CONFIGS = [
     {"norm": "batch"},
     {"norm": "instance", "act": "leaky_relu"},
     {"norm": "group", "norm_groups": 2, "up": "bilinear"},
-    {"norm": "none", "up": "bilinear", "align_corners": True},
+    {"norm": "none", "up": "bilinear_aligned"},
     {"norm": "none", "up": "nearest", "padding": "valid", "act": "elu"},
     {"dtype": "bfloat16", "dropout": 0.5, "act": "gelu"},
 ]

@@ -19,14 +19,15 @@ from unet_jax.models import UNet
 )
 def test_windows_cover_the_axis(size, tile, overlap, depth, padding):
     model = UNet(2, features=(1,) * (depth + 1), padding=padding)
-    cuts = tiles.cut(model, size, tile=tile, overlap=overlap)
-    ((before, after),) = models.pads(model, (size,))
+    axis = models.axes(model, 2)[0]
+    cuts = tiles.cut(axis, size, tile=tile, overlap=overlap)
+    (before, after), _ = models.pads(model, (size, 1))
     assert cuts.begins[0] == 0
     assert cuts.begins[-1] + cuts.window == before + size + after
     assert all(begin % 2**depth == 0 for begin in cuts.begins)
     assert all(np.diff(cuts.begins) > 0)
-    models.output_size(model, (cuts.window,))  # a size that the net works at
-    total = np.zeros(before + size + after - 2 * models.margin(model))
+    models.output_size(model, (cuts.window,) * 2)  # a size that the net works at
+    total = np.zeros(before + size + after - 2 * axis.margin)
     for begin, share in zip(cuts.begins, cuts.shares, strict=True):
         assert share.min() >= 0
         total[begin : begin + len(share)] += share
@@ -34,13 +35,13 @@ def test_windows_cover_the_axis(size, tile, overlap, depth, padding):
     if tile == 0 or size <= tile:
         assert cuts.begins == (0,)
     else:
-        assert cuts.window - 2 * models.margin(model) < tile + 2 * 2**depth
+        assert cuts.window - 2 * axis.margin < tile + 2 * 2**depth
 
 
 @pytest.mark.parametrize(("overlap", "begins"), [(0.0, (0, 16, 32)), (0.5, 5)])
 def test_overlap_sets_the_number_of_windows(overlap, begins):
-    model = UNet(2, features=(1, 1))
-    cuts = tiles.cut(model, 48, tile=16, overlap=overlap)
+    (axis, _) = models.axes(UNet(2, features=(1, 1)), 2)
+    cuts = tiles.cut(axis, 48, tile=16, overlap=overlap)
     if isinstance(begins, tuple):
         assert cuts.begins == begins
     else:
@@ -49,9 +50,9 @@ def test_overlap_sets_the_number_of_windows(overlap, begins):
 
 def test_run_puts_the_windows_together():
     """A net that returns its input gives the image back, with batches of 3."""
-    model = UNet(2, features=(1, 1))
+    axis, _ = models.axes(UNet(2, features=(1, 1)), 2)
     image = np.random.default_rng(0).normal(size=(40, 26, 1)).astype(np.float32)
-    cuts = [tiles.cut(model, n, tile=10, overlap=0.3) for n in image.shape[:2]]
+    cuts = [tiles.cut(axis, n, tile=10, overlap=0.3) for n in image.shape[:2]]
     shapes = []
 
     def net(batch):

@@ -1,22 +1,23 @@
-"""The parts that encoders and decoders are made of, for any number of spatial axes.
+"""What every part of a net is made of, for any number of spatial axes.
 
-A block never knows whether it trains: it is given ``conv``, ``norm`` and ``dropout``
-factories by the top module (`unet_jax.models.UNet`), which alone knows. A factory is
-called with a ``name`` (and the number of features where that matters), so that the
-parameter paths are chosen here and do not depend on what is switched on.
+A part never knows whether it trains and never chooses a convolution or a norm: it is
+given a `Kit` of factories by the top module (`unet_jax.models.UNet`), which alone
+knows. A factory is called with a ``name`` (and the number of features where that
+matters), so that the parameter paths are chosen by the part and do not depend on what
+is switched on.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.types import Array, Pads, choose
+from unet_jax.types import Array, InputError, Pads, Shape, choose
 
 Factory = Callable[..., Any]
 
@@ -38,6 +39,8 @@ INITIALISERS: dict[str, Callable[..., Any]] = {
     # PyTorch's default: kaiming_uniform_(a=sqrt(5)), that is variance 1 / (3 fan_in).
     "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
 }
+
+PADDINGS = ("same", "valid", "reflect")
 
 
 # --- Geometry ------------------------------------------------------------------------
@@ -106,171 +109,165 @@ def align(x: Array, size: Sequence[int]) -> Array:
     return crop(x, size)
 
 
-# --- Resampling ----------------------------------------------------------------------
-
-
-def max_pool(x: Array) -> Array:
-    """Maximum over windows of 2, stride 2; an odd last row or column is dropped.
-
-    Of equal maxima the first (in row-major order) receives the gradient, as in PyTorch.
-    Written as comparisons of slices because XLA's select-and-scatter, the gradient of
-    ``reduce_window``, is slow on CPU: conv, pool, conv at 128 x 128 x 32 and batch 4
-    takes 9 ms forward and backward this way and 27 ms with ``nn.max_pool``.
+def per_axis(value: int | Sequence[int], rank: int, what: str) -> Shape:
+    """A number for each spatial axis, of one for all or of one each.
 
     Args:
-        x: ``[B, *S, C]``. An axis of size 1 is left as it is.
+        value: A whole number, or ``rank`` of them.
+        rank: Spatial axes.
+        what: What the sentence calls it, such as ``"model.kernels"``.
 
-    Returns:
-        ``[B, *(S // 2), C]``.
+    Raises:
+        InputError: Another number of numbers.
     """
-    pooled = [size // 2 if size > 1 else 1 for size in x.shape[1:-1]]
-    window = [2 if size > 1 else 1 for size in x.shape[1:-1]]
-    whole = tuple(slice(0, p * w) for p, w in zip(pooled, window, strict=True))
-    x = x[(slice(None), *whole)]
-    split = [n for pair in zip(pooled, window, strict=True) for n in pair]
-    x = x.reshape(x.shape[0], *split, x.shape[-1])
-    best = None
-    for offset in np.ndindex(*window):
-        index = [i for o in offset for i in (slice(None), o)]
-        value = x[(slice(None), *index)]
-        if best is None:
-            best = value
-        else:  # `value != value` lets a NaN through, as a maximum must
-            best = jnp.where((value > best) | (value != value), value, best)
-    assert best is not None
-    return best
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank:
+        raise InputError(
+            f"{what} has the entry {value}, {len(values)} numbers for an image of"
+            f" {rank} axes: give one number, or one an axis."
+        )
+    return values
 
 
-def depth_to_space(x: Array, stride: Sequence[int]) -> Array:
-    """Interleaves ``[B, *S, *stride, C]`` to ``[B, *(S * stride), C]``."""
-    rank = len(stride)
-    batch, *size = x.shape[: rank + 1]
-    order = [0]
-    for a in range(rank):
-        order += [1 + a, 1 + rank + a]
-    x = x.transpose(*order, 2 * rank + 1)
-    size = [n * s for n, s in zip(size, stride, strict=True)]
-    return x.reshape(batch, *size, x.shape[-1])
+# --- The kit -------------------------------------------------------------------------
 
 
-def double_linear(x: Array) -> Array:
-    """Linear up-sampling by 2 with half-pixel centres (``align_corners=False``).
-
-    Each output is 3/4 of its own pixel and 1/4 of the neighbour on its side; beyond the
-    border the border pixel counts as its own neighbour.
-
-    Args:
-        x: ``[B, *S, C]``.
-
-    Returns:
-        ``[B, *(2 S), C]``.
-    """
-    for axis in range(1, x.ndim - 1):
-        size = x.shape[axis]
-        take = partial(jax.lax.slice_in_dim, x, axis=axis)
-        before = jnp.concatenate([take(0, 1), take(0, size - 1)], axis)
-        after = jnp.concatenate([take(1, size), take(size - 1, size)], axis)
-        pair = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
-        x = pair.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
-    return x
-
-
-def double_linear_aligned(x: Array) -> Array:
-    """Linear up-sampling by 2 with the corner pixels kept (``align_corners=True``).
-
-    Args:
-        x: ``[B, *S, C]``.
-
-    Returns:
-        ``[B, *(2 S), C]``.
-    """
-    for axis in range(1, x.ndim - 1):
-        size = x.shape[axis]
-        position = np.arange(2 * size) * ((size - 1) / (2 * size - 1))
-        hat = np.abs(position[:, None] - np.arange(size)[None, :])
-        weights = jnp.asarray(np.maximum(1.0 - hat, 0.0), x.dtype)
-        product = jnp.tensordot(weights, x, ((1,), (axis,)), precision="highest")
-        x = jnp.moveaxis(product, 0, axis)
-    return x
-
-
-def double_nearest(x: Array) -> Array:
-    """Repeats every pixel twice along each spatial axis: ``[B, *(2 S), C]``."""
-    for axis in range(1, x.ndim - 1):
-        x = jnp.repeat(x, 2, axis=axis)
-    return x
-
-
-class UpConv(nn.Module):
-    """The paper's 2x2 "up-convolution" of stride 2: no two taps overlap.
-
-    Hence it is one matrix product to ``2^rank * features`` channels and an interleave,
-    which is exact and avoids the input dilation that makes ``nn.ConvTranspose`` slow
-    on every backend. ``kernel`` has shape ``[*stride, C, features]`` and its tap
-    ``(i, j)`` fills the pixels ``(2 y + i, 2 x + j)``: PyTorch's weight
-    ``[C, features, i, j]`` moves over by one transpose.
-
-    Reference: Ronneberger et al. 2015, arXiv 1505.04597, section 2.
-    """
-
-    features: int
-    use_bias: bool = True
-    kernel_init: Callable[..., Any] = INITIALISERS["he_normal"]
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        rank = x.ndim - 2
-        stride = (2,) * rank
-        taps = math.prod(stride)
-
-        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-            # An output pixel sees C inputs through one tap: the fan-in of a 1x1 kernel.
-            one_tap = (1,) * rank + (shape[-2], taps * shape[-1])
-            kernel = self.kernel_init(key, one_tap, dtype)
-            kernel = kernel.reshape(shape[-2], *stride, shape[-1])
-            return jnp.moveaxis(kernel, 0, -2)
-
-        shape = (*stride, x.shape[-1], self.features)
-        kernel = self.param("kernel", init, shape, jnp.float32)
-        kernel = jnp.moveaxis(kernel, -2, 0).reshape(x.shape[-1], -1)
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-        y = depth_to_space(y.reshape(*x.shape[:-1], *stride, self.features), stride)
-        if self.use_bias:
-            zeros = nn.initializers.zeros_init()
-            bias = self.param("bias", zeros, (self.features,), jnp.float32)
-            y = y + bias.astype(self.dtype).reshape((1,) * (rank + 1) + (-1,))
-        return y
-
-
-class Upsample(nn.Module):
-    """Doubles the spatial size, by a learnt up-convolution or by interpolation.
-
-    Interpolation has no parameters and keeps the channels; the block after it reduces
-    them. ``features`` matters for ``transpose`` only.
+@dataclasses.dataclass(frozen=True)
+class Kit:
+    """The factories that blocks, up-samplings, merges and encoders build with.
 
     Attributes:
-        features: Channels that come out of an up-convolution.
-        method: ``transpose``, ``bilinear`` (linear along every axis) or ``nearest``.
-        align_corners: For ``bilinear``: whether the corner pixels keep their place.
-        up_conv: The factory of the up-convolution.
+        conv: ``conv(features=, kernel=, stride=, name=)(x)``, a padded or valid
+            convolution; ``kernel`` and ``stride`` have a number for each axis.
+        dense: ``dense(features=, name=)(x)``, a 1x1 convolution: a product over the
+            last axis, which is right under every sharding.
+        norm: ``norm(name=)(x)``.
+        act: ``act(name=)(x)``; the name is for activations with a parameter.
+        excite: ``excite(name=)(x)``: what re-weighs a block's channels, or nothing.
+        up_conv: ``up_conv(features=, stride=, name=)(x)``, the paper's up-convolution.
+        order: In what order `unit` applies ``c``\\ onv, ``n``\\ orm and ``a``\\ ct.
+        padding: ``same`` | ``valid`` | ``reflect``.
     """
 
-    features: int
-    method: str = "transpose"
-    align_corners: bool = False
-    up_conv: Factory = UpConv
+    conv: Factory
+    dense: Factory
+    norm: Factory
+    act: Factory
+    excite: Factory
+    up_conv: Factory
+    order: str = "cna"
+    padding: str = "same"
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        if self.method == "transpose":
-            return self.up_conv(features=self.features, name="conv")(x)
-        linear = double_linear_aligned if self.align_corners else double_linear
-        methods = {"bilinear": linear, "nearest": double_nearest, "transpose": None}
-        return choose(methods, self.method, "up =")(x)
+    def unit(
+        self,
+        x: Array,
+        suffix: str,
+        *,
+        features: int,
+        kernel: Shape,
+        stride: Shape | None = None,
+        order: str | None = None,
+    ) -> Array:
+        """Convolution, norm and activation, called ``conv{suffix}`` and so on.
+
+        Args:
+            x: ``[B, *S, C]``.
+            suffix: The end of the submodules' names.
+            features: Channels that come out.
+            kernel: Of the convolution, a number for each axis.
+            stride: Likewise; None for 1.
+            order: Instead of the kit's; any of the letters c, n, a, each once.
+        """
+        stride = stride or (1,) * len(kernel)
+        for letter in order or self.order:
+            if letter == "c":
+                name = f"conv{suffix}"
+                x = self.conv(
+                    features=features, kernel=kernel, stride=stride, name=name
+                )(x)
+            elif letter == "n":
+                x = self.norm(name=f"norm{suffix}")(x)
+            else:
+                x = self.act(name=f"act{suffix}")(x)
+        return x
 
 
-# --- Blocks --------------------------------------------------------------------------
+def conv_factory(
+    *,
+    padding: str,
+    use_bias: bool,
+    init: Callable[..., Any],
+    dtype: Any,
+) -> Factory:
+    """A factory of convolutions: ``factory(features=, kernel=, stride=, name=)(x)``.
+
+    ``padding`` and ``use_bias`` may be given to the factory, too.
+
+    Args:
+        padding: ``same``: zeros around the image, half a kernel wide; ``reflect``: the
+            image's own mirror image there; ``valid``: none.
+        use_bias: Whether the convolution owns a bias.
+        init: The kernels' initialiser.
+        dtype: The type to compute in; parameters stay float32.
+    """
+    choose(PADDINGS, padding, "model.padding =")
+
+    def make(
+        features: int,
+        kernel: Shape,
+        stride: Shape,
+        name: str,
+        padding: str = padding,
+        use_bias: bool = use_bias,
+    ) -> nn.Module:
+        # Explicit widths: XLA's 'SAME' pads a strided convolution after the image only.
+        widths = {
+            "same": tuple((k // 2, k // 2) for k in kernel),
+            "valid": "VALID",
+            "reflect": "REFLECT",
+        }
+        return nn.Conv(
+            features=features,
+            kernel_size=kernel,
+            strides=stride,
+            padding=widths[padding],
+            use_bias=use_bias,
+            kernel_init=init,
+            dtype=dtype,
+            name=name,
+        )
+
+    return make
+
+
+def act_factory(kind: str, *, slope: float | None = None) -> Factory:
+    """A factory of activations: ``factory(name=)(x)``.
+
+    Args:
+        kind: A name of `ACTIVATIONS`, or ``prelu``: a slope for negative inputs that
+            is learnt, one a layer, as PyTorch's ``PReLU()``.
+        slope: Of ``leaky_relu`` (0.01 by default), or where ``prelu`` starts (0.25).
+
+    Raises:
+        InputError: An unknown name, or a slope for an activation without one.
+    """
+    function = choose({**ACTIVATIONS, "prelu": None}, kind, "model.act =")
+    if slope is not None and kind not in ("leaky_relu", "prelu"):
+        raise InputError(
+            f"model.act_slope = {slope} is for leaky_relu and prelu, and model.act ="
+            f" {kind!r}: leave it out."
+        )
+    if kind == "leaky_relu" and slope is not None:
+        function = partial(nn.leaky_relu, negative_slope=slope)
+
+    def make(name: str) -> Callable[[Array], Array]:
+        if kind == "prelu":
+            start = 0.25 if slope is None else slope
+            prelu = nn.PReLU(negative_slope_init=start, name=name)
+            return lambda x: prelu(x).astype(x.dtype)
+        return function
+
+    return make
 
 
 def norm_factory(kind: str, *, train: bool, groups: int = 8) -> Factory:
@@ -282,91 +279,42 @@ def norm_factory(kind: str, *, train: bool, groups: int = 8) -> Factory:
     Args:
         kind: ``batch`` | ``instance`` | ``group`` | ``none``.
         train: Whether batch normalisation takes the batch's statistics.
-        groups: Groups of ``group``; they must divide the features of every layer.
+        groups: Groups of ``group``; of a layer whose width they do not divide, their
+            greatest common divisor.
 
     Returns:
         The factory. ``none`` makes layers that do nothing and own nothing.
     """
 
+    shared: dict[str, Any] = {"epsilon": 1e-5, "use_fast_variance": False}
+    modules: dict[str, Callable[[str, int], nn.Module] | None] = {
+        "batch": lambda name, _: nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, name=name, **shared
+        ),
+        "instance": lambda name, _: nn.InstanceNorm(name=name, **shared),
+        # The gcd, for a width inside a block that the groups do not divide.
+        "group": lambda name, width: nn.GroupNorm(
+            num_groups=math.gcd(groups, width), name=name, **shared
+        ),
+        "none": None,
+    }
+    module = choose(modules, kind, "model.norm =")
+
     def make(name: str) -> Callable[[Array], Array]:
-        shared: dict[str, Any] = {
-            "epsilon": 1e-5,
-            "use_fast_variance": False,
-            "dtype": jnp.float32,
-            "name": name,
-        }
-        modules: dict[str, Callable[[], nn.Module] | None] = {
-            "batch": lambda: nn.BatchNorm(
-                use_running_average=not train, momentum=0.9, **shared
-            ),
-            "instance": lambda: nn.InstanceNorm(**shared),
-            "group": lambda: nn.GroupNorm(num_groups=groups, **shared),
-            "none": None,
-        }
-        module = choose(modules, kind, "norm =")
+        layers: list[Any] = []  # made once: a recurrent block calls it several times
 
         def apply(x: Array) -> Array:
             if module is None:
                 return x
-            return module()(x.astype(jnp.float32)).astype(x.dtype)
+            if not layers:
+                layers.append(module(name, x.shape[-1]))
+            return layers[0](at_least_float32(x)).astype(x.dtype)
 
         return apply
 
     return make
 
 
-class ConvBlock(nn.Module):
-    """Convolution, normalisation, activation; twice, as in the paper.
-
-    Attributes:
-        features: Channels that come out.
-        conv: Factory of 3x3 convolutions.
-        norm: Factory of normalisation layers (`norm_factory`).
-        act: The activation function.
-        convs: How many convolutions.
-        mid_features: Channels between them; None means ``features``.
-    """
-
-    features: int
-    conv: Factory
-    norm: Factory
-    act: Callable[[Array], Array]
-    convs: int = 2
-    mid_features: int | None = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i in range(self.convs):
-            last = i == self.convs - 1
-            features = self.features if last else self.mid_features or self.features
-            x = self.conv(features=features, name=f"conv{i}")(x)
-            x = self.act(self.norm(name=f"norm{i}")(x))
-        return x
-
-
-def conv_factory(
-    *,
-    rank: int,
-    padding: str,
-    use_bias: bool,
-    init: Callable[..., Any],
-    dtype: Any,
-) -> Factory:
-    """A factory of 3x3 (3x3x3) convolutions: ``factory(features=..., name=...)(x)``.
-
-    Args:
-        rank: Spatial axes.
-        padding: ``same`` (one pixel of zeros a side) or ``valid`` (none).
-        use_bias: Whether the convolution owns a bias.
-        init: The kernels' initialiser.
-        dtype: The type to compute in; parameters stay float32.
-    """
-    width = choose({"same": 1, "valid": 0}, padding, "padding =")
-    return partial(
-        nn.Conv,
-        kernel_size=(3,) * rank,
-        padding=((width, width),) * rank,
-        use_bias=use_bias,
-        kernel_init=init,
-        dtype=dtype,
-    )
+def at_least_float32(x: Array) -> Array:
+    """``x`` in float32, or in float64 if that is what it is in."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)

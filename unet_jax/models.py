@@ -1,4 +1,4 @@
-"""The nets: encoder + decoder + head, and the sizes they work on.
+"""The nets: encoder + bottleneck + decoder + head, and the sizes they work on.
 
 Every net is called in one way and answers in one way:
 
@@ -6,86 +6,150 @@ Every net is called in one way and answers in one way:
 
 ``image`` is the normalised ``f32[B, *S, C]``, ``logits`` is ``f32[B, *S', K]`` and
 ``aux`` holds the feature pyramids (``aux["encoder"]``, ``aux["decoder"]``, finest
-first). Under ``jit`` what is not returned from ``aux`` costs nothing: take ``[0]``
-inside the jit.
+first), and where a net has them ``aux["heads"]`` (the logits of deep supervision),
+``aux["grid"]`` (the nodes of UNet++) and ``aux["gates"]`` (attention). Under ``jit``
+what is not returned from ``aux`` costs nothing: take ``[0]`` inside the jit.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from unet_jax.decoders import UNetDecoder
-from unet_jax.encoders import PlainEncoder
+from unet_jax.blocks import BLOCKS, EXCITES, excite_factory
+from unet_jax.bottlenecks import BOTTLENECKS
+from unet_jax.decoders import DECODERS
+from unet_jax.encoders import ENCODERS
+from unet_jax.geometry import Ascent, Axis
 from unet_jax.layers import (
-    ACTIVATIONS,
     INITIALISERS,
-    ConvBlock,
+    PADDINGS,
     Factory,
-    UpConv,
-    Upsample,
+    Kit,
+    act_factory,
+    at_least_float32,
     conv_factory,
+    crop,
     norm_factory,
+    per_axis,
 )
-from unet_jax.types import Array, InputError, Pads, Shape, choose, size_text
+from unet_jax.merges import MERGES
+from unet_jax.resample import DOWNS, UPS, UpConv
+from unet_jax.types import (
+    Array,
+    InputError,
+    Pads,
+    PyTree,
+    Shape,
+    choose,
+    size_text,
+)
+
+Sizes = tuple[int | tuple[int, ...], ...]
 
 
 class UNet(nn.Module):
-    """U-Net in two or three dimensions, by the rank of the image.
+    """The U-Net family in two or three dimensions, by the rank of the image.
+
+    A part is named (a key of the table in brackets) or given: any factory that keeps
+    the contract in its file's first lines.
 
     Attributes:
         num_classes: K, the channels of the logits.
         features: Channels of each level, finest first; the last is the bottleneck.
-        padding: ``same``: any size in, the same size out. ``valid``: unpadded
-            convolutions and cropped skips as in the paper; 572 in, 388 out.
+        decoder_features: Channels of the decoder's levels, finest first; None: the
+            encoder's.
+        encoder: ``plain``, ``resnet18`` ... [`encoders.ENCODERS`].
+        bottleneck: ``none`` or ``transformer`` [`bottlenecks.BOTTLENECKS`].
+        decoder: ``unet`` or ``unetpp`` [`decoders.DECODERS`].
+        block: ``plain``, ``residual``, ``recurrent`` ... [`blocks.BLOCKS`].
+        decoder_block: Likewise, for the decoder; None: the same.
+        down: ``max`` | ``average`` | ``strided`` [`resample.DOWNS`].
+        up: ``transpose`` | ``bilinear`` | ``nearest`` ... [`resample.UPS`].
+        up_features: Channels of a learnt up-sampling: ``level``, those of the level it
+            goes to, or ``input``, those it gets.
+        up_bias: Whether up-convolutions own a bias.
+        merge: ``concat`` | ``sum`` | ``gated`` | ``none`` ... [`merges.MERGES`].
+        padding: ``same``: any size in, the same size out. ``reflect``: likewise, every
+            convolution seeing its input mirrored beyond the border instead of zeros.
+            ``valid``: unpadded convolutions and cropped skips as in the paper; 572 in,
+            388 out.
+        kernels: Kernel size of each level, a number or one for each axis, all odd; ():
+            3 everywhere.
+        strides: From each level to the next, likewise; (): 2 everywhere.
         norm: ``batch`` | ``instance`` | ``group`` | ``none``.
         norm_groups: Groups of ``norm="group"``.
-        act: ``relu`` | ``leaky_relu`` | ``elu`` | ``gelu`` | ``silu``.
-        up: ``transpose`` (learnt up-convolution) | ``bilinear`` | ``nearest``.
-        align_corners: For ``up="bilinear"``: keep the corner pixels in place.
+        order: In what order a block applies ``c``\\ onvolution, ``n``\\ orm and
+            ``a``\\ ctivation.
+        act: ``relu`` | ``leaky_relu`` | ``prelu`` | ``elu`` | ``gelu`` | ``silu``.
+        act_slope: For negative inputs, of ``leaky_relu`` and ``prelu``.
+        excite: ``none`` | ``se`` | ``scse``: what re-weighs the channels of a block
+            [`blocks.EXCITES`].
         dropout: Rate of dropout after the coarsest levels of the encoder.
         dropout_levels: How many levels those are.
-        conv_bias: Whether 3x3 convolutions own a bias; None: unless a norm follows.
-        kernel_init: How kernels start, a name of `unet_jax.layers.INITIALISERS`.
+        conv_bias: Whether convolutions own a bias; None: unless a norm follows at once.
+        kernel_init: How kernels start [`layers.INITIALISERS`].
+        head_kernel: Kernel size of the head; 1 in the paper.
+        deep_supervision: UNet++: a head on every map of full size. The loss is the mean
+            of the heads' losses, the logits the mean of their logits.
+        level: UNet++: cut off after this level, 1 to the depth, whose head alone then
+            gives the logits. Nothing beyond it is run; the variables of the whole net
+            fit. Less than the depth needs ``deep_supervision``.
+        remat: How many levels, finest first, are computed again in the backward pass
+            instead of being kept.
         dtype: ``float32`` or ``bfloat16`` for convolutions; parameters, statistics,
-            the head and the logits are float32 always.
-        encoder: Factory of the encoder.
-        decoder: Factory of the decoder.
-        block: Factory of the blocks of both.
+            the head and the logits are float32 always. (``float64`` is for tests, with
+            x64 and parameters of that type.)
 
-    Reference: Ronneberger et al. 2015, arXiv 1505.04597.
+    Reference: Ronneberger et al. 2015, arXiv 1505.04597; `MODELS` has the others.
     """
 
     num_classes: int
     features: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    decoder_features: tuple[int, ...] | None = None
+    encoder: str | Factory = "plain"
+    bottleneck: str | Factory = "none"
+    decoder: str | Factory = "unet"
+    block: str | Factory = "plain"
+    decoder_block: str | Factory | None = None
+    down: str | Factory = "max"
+    up: str | Factory = "transpose"
+    up_features: str = "level"
+    up_bias: bool = True
+    merge: str | Factory = "concat"
     padding: str = "same"
+    kernels: Sizes = ()
+    strides: Sizes = ()
     norm: str = "batch"
     norm_groups: int = 8
+    order: str = "cna"
     act: str = "relu"
-    up: str = "transpose"
-    align_corners: bool = False
+    act_slope: float | None = None
+    excite: str | Factory = "none"
     dropout: float = 0.0
     dropout_levels: int = 2
     conv_bias: bool | None = None
     kernel_init: str = "he_normal"
+    head_kernel: int = 1
+    deep_supervision: bool = False
+    level: int | None = None
+    remat: int = 0
     dtype: str = "float32"
-    encoder: Factory = PlainEncoder
-    decoder: Factory = UNetDecoder
-    block: Factory = ConvBlock
 
     @property
     def depth(self) -> int:
-        """How often the size is halved."""
-        return len(self.features) - 1
+        """How often the size is halved: as deep as the net is, or is cut off."""
+        return len(self.features) - 1 if self.level is None else self.level
 
     @nn.compact
     def __call__(
         self, image: Array, *, train: bool = False
-    ) -> tuple[Array, dict[str, tuple[Array, ...]]]:
+    ) -> tuple[Array, dict[str, Any]]:
         """Runs the net.
 
         Args:
@@ -96,45 +160,143 @@ class UNet(nn.Module):
             ``(logits f32[B, *S', K], aux)``.
 
         Raises:
-            InputError: ``padding="valid"`` and a size that does not work.
+            InputError: ``padding="valid"`` and a size that does not work, or fields
+                that no net can have.
         """
         rank = image.ndim - 2
         if rank not in (2, 3):
             raise ValueError(f"image must be [B, *S, C] in 2-D or 3-D: {image.shape}")
         check(self)
         output_size(self, image.shape[1:-1])
-        dtype = jnp.dtype(self.dtype)
-        bias = self.norm == "none" if self.conv_bias is None else self.conv_bias
-        init = choose(INITIALISERS, self.kernel_init, "kernel_init =")
+        parts = _parts(self, rank, train=train)
+        x = image.astype(jnp.dtype(self.dtype))
+        pyramid = parts.encoder(name="encoder")(x)
+        if parts.bottleneck is not None:
+            deepest = parts.bottleneck(kit=parts.kit, name="bottleneck")(pyramid[-1])
+            pyramid = (*pyramid[:-1], deepest)
+        outputs, aux = parts.decoder(name="decoder")(pyramid)
+        aux = {"encoder": pyramid, **aux}
+        if not self.deep_supervision:
+            return self._head("head", outputs[self.depth]), aux
+        levels = outputs if self.level is None else (self.level,)
+        heads = tuple(self._head(f"head{level}", outputs[level]) for level in levels)
+        # With valid padding the deeper a head, the smaller: their mean is of the last.
+        size = heads[-1].shape[1:-1]
+        logits = jnp.mean(jnp.stack([crop(head, size) for head in heads]), axis=0)
+        return logits, {**aux, "heads": heads}
+
+    @nn.nowrap  # no scope of its own in the table of FLOPs
+    def _head(self, name: str, x: Array) -> Array:
+        init = choose(INITIALISERS, self.kernel_init, "model.kernel_init =")
+        x = at_least_float32(x)
+        if self.head_kernel == 1:
+            # A 1x1 convolution as a product over the last axis: the same parameters
+            # without the spatial axes, and right under vmap and sharding.
+            return nn.Dense(self.num_classes, kernel_init=init, name=name)(x)
+        rank = x.ndim - 2
         conv = conv_factory(
-            rank=rank, padding=self.padding, use_bias=bias, init=init, dtype=dtype
+            padding=self.padding, use_bias=True, init=init, dtype=x.dtype
         )
-        block = partial(
-            self.block,
-            conv=conv,
-            norm=norm_factory(self.norm, train=train, groups=self.norm_groups),
-            act=choose(ACTIVATIONS, self.act, "act ="),
+        kernel, stride = (self.head_kernel,) * rank, (1,) * rank
+        module = conv(
+            features=self.num_classes, kernel=kernel, stride=stride, name=name
         )
-        up_conv = partial(UpConv, kernel_init=init, dtype=dtype)
-        up = partial(
-            Upsample, method=self.up, align_corners=self.align_corners, up_conv=up_conv
+        return module(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The factories that a net's fields name, wired."""
+
+    kit: Kit
+    encoder: Factory
+    bottleneck: Factory | None
+    decoder: Factory
+
+
+def _choice(table: Mapping[str, Any], value: Any, field: str) -> Any:
+    """A part by its name, or the part itself."""
+    return choose(table, value, f"model.{field} =") if isinstance(value, str) else value
+
+
+def _again(block: Factory) -> Factory:
+    """A block that is computed again in the backward pass; its names stay."""
+    if isinstance(block, partial):
+        return partial(_again(block.func), *block.args, **block.keywords)
+    return nn.remat(block)  # pyright: ignore[reportArgumentType]
+
+
+def _parts(model: UNet, rank: int, *, train: bool) -> _Parts:
+    depth = model.depth
+    dtype = jnp.dtype(model.dtype)
+    follows = "cn" in model.order and model.norm != "none"
+    bias = not follows if model.conv_bias is None else model.conv_bias
+    init = choose(INITIALISERS, model.kernel_init, "model.kernel_init =")
+    dense = partial(nn.Dense, use_bias=bias, kernel_init=init, dtype=dtype)
+    kit = Kit(
+        conv=conv_factory(padding=model.padding, use_bias=bias, init=init, dtype=dtype),
+        dense=dense,
+        norm=norm_factory(model.norm, train=train, groups=model.norm_groups),
+        act=act_factory(model.act, slope=model.act_slope),
+        excite=excite_factory(_choice(EXCITES, model.excite, "excite"), dense),
+        up_conv=partial(UpConv, use_bias=model.up_bias, kernel_init=init, dtype=dtype),
+        order=model.order,
+        padding=model.padding,
+    )
+    kernels = [per_axis(k, rank, "model.kernels") for k in model.kernels]
+    kernels = kernels or [(3,) * rank] * len(model.features)
+    strides = [per_axis(s, rank, "model.strides") for s in model.strides]
+    strides = strides or [(2,) * rank] * (len(model.features) - 1)
+
+    def blocks(value: Any, field: str) -> tuple[Factory, ...]:
+        block = _choice(BLOCKS, value, field)
+        return tuple(
+            partial(
+                _again(block) if level < model.remat else block,
+                kernel=kernels[level],
+                kit=kit,
+            )
+            for level in range(depth + 1)
         )
-        dropout = partial(nn.Dropout, self.dropout, deterministic=not train)
-        pyramid = self.encoder(
-            features=self.features,
-            block=block,
-            dropout=dropout if self.dropout else None,
-            dropout_levels=self.dropout_levels,
-            name="encoder",
-        )(image.astype(dtype))
-        decoded = self.decoder(
-            block=block, up=up, padding=self.padding, name="decoder"
-        )(pyramid)
-        # A 1x1 convolution as a product over the last axis: the same parameters without
-        # the spatial axes, and right under vmap and sharding.
-        head = nn.Dense(self.num_classes, kernel_init=init, name="head")
-        logits = head(decoded[0].astype(jnp.float32))
-        return logits, {"encoder": pyramid, "decoder": decoded}
+
+    up = _choice(UPS, model.up, "up")
+    merge = _choice(MERGES, model.merge, "merge")
+    dropout = partial(nn.Dropout, model.dropout, deterministic=not train)
+    bottleneck = _choice(BOTTLENECKS, model.bottleneck, "bottleneck")
+    whole = depth == len(model.features) - 1
+    encoder = partial(
+        _choice(ENCODERS, model.encoder, "encoder"),
+        features=model.features[: depth + 1],
+        kit=kit,
+        blocks=blocks(model.block, "block"),
+        strides=tuple(strides[:depth]),
+        pool=_choice(DOWNS, model.down, "down"),
+        dropout=dropout if model.dropout else None,
+        dropout_from=len(model.features) - model.dropout_levels,
+    )
+    decoder = partial(
+        _choice(DECODERS, model.decoder, "decoder"),
+        features=model.decoder_features or model.features[:-1],
+        blocks=blocks(model.decoder_block or model.block, "decoder_block"),
+        ups=tuple(
+            partial(up, stride=strides[i], kernel=kernels[i], kit=kit)
+            for i in range(depth)
+        ),
+        merges=tuple(
+            partial(merge, level=i, stride=strides[i], kit=kit) for i in range(depth)
+        ),
+        padding=model.padding,
+        up_features=model.up_features,
+        supervised=model.deep_supervision,
+    )
+    return _Parts(kit, encoder, bottleneck if whole else None, decoder)
+
+
+# --- What no net can have ------------------------------------------------------------
+
+
+def _refuse(field: str, value: Any, remedy: str) -> InputError:
+    return InputError(f"model.{field} = {value!r} {remedy}")
 
 
 def check(model: UNet) -> None:
@@ -143,44 +305,158 @@ def check(model: UNet) -> None:
     Raises:
         InputError: Names the field and what it may be.
     """
-    features = model.features
-    if len(features) < 2 or not all(isinstance(n, int) and n > 0 for n in features):
-        raise InputError(
-            f"model.features = {features} must be two or more whole numbers above 0,"
-            " finest level first, such as (16,32,64,128)."
-        )
-    if model.norm == "group" and any(n % model.norm_groups for n in features):
+    encoder = _choice(ENCODERS, model.encoder, "encoder")
+    decoder = _choice(DECODERS, model.decoder, "decoder")
+    block = _choice(BLOCKS, model.block, "block")
+    decoder_block = _choice(BLOCKS, model.decoder_block or "plain", "decoder_block")
+    for field, table in (
+        ("bottleneck", BOTTLENECKS),
+        ("down", DOWNS),
+        ("up", UPS),
+        ("merge", MERGES),
+        ("excite", EXCITES),
+        ("padding", PADDINGS),
+        ("kernel_init", INITIALISERS),
+        ("dtype", ("float32", "bfloat16", "float64")),
+        ("up_features", ("level", "input")),
+    ):
+        value = getattr(model, field)
+        if isinstance(value, str):
+            choose(table, value, f"model.{field} =")
+    act_factory(model.act, slope=model.act_slope)
+    norm_factory(model.norm, train=False)
+    _class(encoder).check(model)
+    _check_sizes(model)
+    _check_depth(model, nested=_class(decoder).nested)
+    widths = [n for n in (*model.features, *(model.decoder_features or ())) if n]
+    if model.norm == "group" and any(n % model.norm_groups for n in widths):
         raise InputError(
             f"model.norm_groups = {model.norm_groups} does not divide each of"
-            f" model.features = {features}: use {math.gcd(*features)}, or a divisor of"
-            " it."
+            f" model.features = {tuple(widths)}: use {math.gcd(*widths)}, or a divisor"
+            " of it."
         )
+    if sorted(model.order) != sorted("cna"):
+        raise _refuse("order", model.order, "must have each of c, n and a once: cna.")
+    if model.order != "cna":
+        for field, part in (("block", block), ("decoder_block", decoder_block)):
+            fixed = _class(part).fixed_order
+            if fixed:
+                raise _refuse(
+                    "order",
+                    model.order,
+                    f"is for plain blocks: model.{field} = {getattr(model, field)!r}"
+                    f" has its own ({fixed}); use order = 'cna'.",
+                )
     if not 0.0 <= model.dropout < 1.0:
-        raise InputError(f"model.dropout = {model.dropout} must be in [0, 1).")
-    choose(("float32", "bfloat16"), model.dtype, "model.dtype =")
-    choose(("same", "valid"), model.padding, "model.padding =")
+        raise _refuse("dropout", model.dropout, "must be in [0, 1).")
+    if model.head_kernel < 1 or model.head_kernel % 2 == 0:
+        raise _refuse("head_kernel", model.head_kernel, "must be an odd number: 1.")
+
+
+def _class(factory: Any) -> Any:
+    """The module that a factory makes."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    return factory
+
+
+def _check_sizes(model: UNet) -> None:
+    levels = len(model.features)
+    if model.decoder_features is None:
+        if 0 in model.features:
+            raise _refuse(
+                "decoder_features",
+                None,
+                f"leaves open what the level without features in model.features ="
+                f" {model.features} has in the decoder: give {levels - 1} numbers, such"
+                f" as {tuple(16 * 2**i for i in range(levels - 1))}.",
+            )
+    elif len(model.decoder_features) != levels - 1 or min(model.decoder_features) < 1:
+        raise _refuse(
+            "decoder_features",
+            model.decoder_features,
+            f"must be {levels - 1} numbers above 0, one for each level of"
+            f" model.features = {model.features} but the last.",
+        )
+    for field, count, ok, what in (
+        ("kernels", levels, lambda n: n > 0 and n % 2 == 1, "odd number"),
+        ("strides", levels - 1, lambda n: n > 0, "number above 0"),
+    ):
+        value = getattr(model, field)
+        numbers = [
+            n
+            for entry in value
+            for n in ((entry,) if isinstance(entry, int) else entry)
+        ]
+        if value and (len(value) != count or not all(ok(n) for n in numbers)):
+            raise _refuse(
+                field,
+                value,
+                f"must have {count} entries for {levels} levels, each an {what} or one"
+                " for each axis; or be empty.",
+            )
+
+
+def _check_depth(model: UNet, *, nested: bool) -> None:
+    depth = len(model.features) - 1
+    if not nested:
+        for field, value in (("deep_supervision", False), ("level", None)):
+            if getattr(model, field) != value:
+                raise _refuse(
+                    field,
+                    getattr(model, field),
+                    "is for decoder = 'unetpp', whose levels all end at full size:"
+                    f" use {value}.",
+                )
+    elif model.merge == "none":
+        raise _refuse(
+            "merge",
+            model.merge,
+            "leaves most nodes of decoder = 'unetpp' without any effect: use decoder ="
+            " 'unet' to see what skips do.",
+        )
+    if model.level is not None:
+        if not 1 <= model.level <= depth:
+            raise _refuse(
+                "level", model.level, f"must be in 1 to {depth}, the depth of the net."
+            )
+        if model.level < depth and not model.deep_supervision:
+            raise _refuse(
+                "level",
+                model.level,
+                f"needs a head there, and without deep_supervision only level {depth}"
+                " has one: train with deep_supervision = True.",
+            )
+    if not 0 <= model.remat <= depth + 1:
+        raise _refuse("remat", model.remat, f"must be in 0 to {depth + 1}, the levels.")
 
 
 # --- Sizes ---------------------------------------------------------------------------
 
 
-def _valid_out(size: int, depth: int) -> int | None:
-    """The output of a valid net of two 3x3 convolutions a block, None if it has none.
+def axis(model: UNet, index: int, rank: int) -> Axis:
+    """A net along one of its spatial axes.
 
-    Every max-pooling must see an even size (the paper, section 3), else the skip and
-    the up-sampled map are half a pixel apart.
+    Args:
+        model: The net.
+        index: Of the axis, from 0.
+        rank: Spatial axes.
     """
-    for _ in range(depth):
-        size -= 4
-        if size < 2 or size % 2:
-            return None
-        size //= 2
-    size -= 4
-    if size < 1:
-        return None
-    for _ in range(depth):
-        size = 2 * size - 4
-    return size if size > 0 else None
+    parts = _parts(model, rank, train=False)
+    decoder = parts.decoder(parent=None)
+    ups = []
+    for level in range(model.depth):
+        up = decoder.ups[level](features=1, parent=None)
+        coarse, fine = up.taps(index)
+        block = decoder.blocks[level](features=1, parent=None).taps(index)
+        ups.append(Ascent(up.stride[index], coarse, fine, block))
+    down = parts.encoder(parent=None).steps(index)
+    return Axis(down, tuple(ups), model.head_kernel, model.padding == "valid")
+
+
+def axes(model: UNet, rank: int) -> tuple[Axis, ...]:
+    """A net along each of its spatial axes."""
+    return tuple(axis(model, index, rank) for index in range(rank))
 
 
 def output_size(model: UNet, size: Sequence[int]) -> Shape:
@@ -192,15 +468,10 @@ def output_size(model: UNet, size: Sequence[int]) -> Shape:
     if model.padding != "valid":
         return tuple(size)
     out = []
-    for n in size:
-        result = _valid_out(n, model.depth)
+    for n, along in zip(size, axes(model, len(size)), strict=True):
+        result = along.out(n)
         if result is None:
-            step = 2**model.depth
-            reach = range(max(n, 0), n + 200 * step)
-            above = next(m for m in reach if _valid_out(m, model.depth))
-            below = next(
-                (m for m in range(n, 0, -1) if _valid_out(m, model.depth)), None
-            )
+            below, above = along.nearest_sizes(n)
             nearest = f"{below} or {above}" if below else f"{above}, the smallest"
             raise InputError(
                 f"an image of {size_text(size)} does not work with padding = 'valid'"
@@ -211,13 +482,21 @@ def output_size(model: UNet, size: Sequence[int]) -> Shape:
     return tuple(out)
 
 
-def margin(model: UNet) -> int:
-    """Pixels that a valid net loses at each side (92 for the paper's), 0 for same."""
-    if model.padding != "valid":
-        return 0
-    # d halvings: two convolutions a level on the way down and up, each losing 2 pixels
-    # of 2^level; 4 (2^d - 1) + 4 * 2^d + 4 (2^d - 1), halved for one side.
-    return 6 * 2**model.depth - 4
+def margin(model: UNet, rank: int) -> Shape:
+    """Pixels that a valid net loses at each side of each axis, 0 for the others.
+
+    92 for the paper's net.
+    """
+    return tuple(along.margin for along in axes(model, rank))
+
+
+def covering_axes(model: UNet, rank: int) -> tuple[Axis, ...]:
+    """The axes by which whole images are padded: those of the net.
+
+    But of the whole net, if one with padded convolutions is cut off at a level: then
+    its output is that of the whole net's head also at the border.
+    """
+    return axes(model if model.padding == "valid" else model.clone(level=None), rank)
 
 
 def pads(model: UNet, size: Sequence[int]) -> Pads:
@@ -225,46 +504,141 @@ def pads(model: UNet, size: Sequence[int]) -> Pads:
 
     Everything that runs a net on whole images (evaluate, predict, export) pads by this,
     runs, and keeps the first ``size`` pixels of the output: so their numbers agree, and
-    few shapes compile, because the padded size is a multiple of ``2^depth`` (plus a
-    constant, for valid padding).
+    few shapes compile, because the padded size is a multiple of the strides' product
+    (plus a constant, for valid padding).
 
     Args:
         model: The net.
         size: The image's spatial size, at least 1 along each axis. May be symbolic
-            dimensions of `jax.export` for ``padding="same"``.
+            dimensions of `jax.export` unless ``padding="valid"``.
 
     Returns:
         Pixels to mirror (before, after) along each axis.
     """
-    step = 2**model.depth
-    if model.padding != "valid":
-        return tuple((0, (n + step - 1) // step * step - n) for n in size)
-    edge = margin(model)
-    result = []
-    for n in size:
-        # Outputs that exist are those congruent to one of them modulo 2^depth.
-        smallest = next(m for m in range(1, 99 * step) if _valid_out(m, model.depth))
-        first = smallest - 2 * edge
-        out = first + max((n - first + step - 1) // step, 0) * step
-        result.append((edge, edge + out - n))
-    return tuple(result)
+    along = covering_axes(model, len(size))
+    return tuple(a.pads(n) for a, n in zip(along, size, strict=True))
+
+
+# --- Cutting off ---------------------------------------------------------------------
+
+
+def prune(
+    model: UNet, variables: PyTree, level: int, *, channels: int, rank: int
+) -> tuple[UNet, PyTree]:
+    """The net cut off at a level, with the variables that it still needs.
+
+    Args:
+        model: A net with deep supervision.
+        variables: Of the whole net.
+        level: 1 to the depth.
+        channels: Of the image.
+        rank: Spatial axes of the image.
+
+    Returns:
+        The smaller net and its variables: the same arrays, fewer of them.
+
+    Raises:
+        InputError: No such level, or no head there.
+    """
+    small = model.clone(level=level)
+    check(small)
+    size = [1 + sum(pad) for pad in pads(small, (1,) * rank)]
+    image = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+    needed = jax.eval_shape(small.init, jax.random.key(0), image)
+
+    def keep(needed: Any, owned: Any) -> Any:
+        if not isinstance(needed, Mapping):
+            return owned
+        return {key: keep(value, owned[key]) for key, value in needed.items()}
+
+    return small, keep(needed, variables)
 
 
 # --- Named nets ----------------------------------------------------------------------
 
+UNetPlusPlus = partial(UNet, decoder="unetpp", deep_supervision=True)
+"""UNet++ with deep supervision: a U-Net with another decoder."""
+
+_RESNET = {"decoder_features": (16, 32, 64, 128, 256), "up": "nearest"}
+_RESNET |= {"merge": "concat_up_first", "head_kernel": 3}
+_RESNET18 = (0, 64, 64, 128, 256, 512)  # and of ResNet-34
+_RESNET50 = (0, 64, 256, 512, 1024, 2048)
+
 MODELS: dict[str, Callable[..., UNet]] = {
+    # The U-Net that PyTorch users know: same padding, batch norm.
     "unet": UNet,
     # Ronneberger et al. 2015, arXiv 1505.04597: 31,030,658 parameters for one channel
     # in and two classes out. The dropout rate is not in the paper; 0.5 is Caffe's.
-    "unet_2015": partial(
+    "unet_2015": partial(UNet, padding="valid", norm="none", dropout=0.5),
+    # Without up-convolutions: the bottleneck keeps its channels, and the decoder's
+    # first convolutions halve what the interpolation does not.
+    "unet_bilinear": partial(
         UNet,
-        features=(64, 128, 256, 512, 1024),
+        features=(64, 128, 256, 512, 512),
+        decoder_features=(64, 64, 128, 256),
+        decoder_block="narrowing",
+        up="bilinear_aligned",
+    ),
+    "unet_shallow": partial(UNet, features=(32, 64, 128), conv_bias=True),
+    # The two that arXiv 1807.10165, table 2, compares UNet++ with.
+    "unet_32": partial(UNet, features=(32, 64, 128, 256, 512), norm="none"),
+    "unet_wide": partial(UNet, features=(35, 70, 140, 280, 560), norm="none"),
+    "unetpp": UNetPlusPlus,
+    # Zhou et al. 2018, arXiv 1807.10165: no norm; dropout 0.5 as in the authors' code.
+    "unetpp_2018": partial(
+        UNetPlusPlus, features=(32, 64, 128, 256, 512), norm="none", dropout=0.5
+    ),
+    # Oktay et al. 2018, arXiv 1804.03999: gates on the grid of the coarse map.
+    "attention_unet": partial(UNet, merge="gated"),
+    # The form of most 2-D implementations: gates at full resolution.
+    "attention_unet_full": partial(
+        UNet, merge="gated_full", up="nearest_conv", conv_bias=True
+    ),
+    # Zhang et al. 2017, arXiv 1711.10684: seven levels in all, no pooling.
+    "resunet": partial(
+        UNet,
+        features=(64, 128, 256, 512),
+        block="preactivation",
+        down="strided",
+        up="nearest",
+    ),
+    # Alom et al. 2018, arXiv 1802.06955, and the same with attention gates.
+    "r2unet": partial(UNet, block="recurrent", up="nearest_conv", conv_bias=True),
+    "r2attention_unet": partial(
+        UNet,
+        block="recurrent",
+        up="nearest_conv",
+        merge="gated_full",
+        conv_bias=True,
+    ),
+    # Cicek et al. 2016, arXiv 1606.06650: for volumes, but any rank will do.
+    "unet_3d": partial(
+        UNet,
+        features=(64, 128, 256, 512),
         padding="valid",
-        norm="none",
-        up="transpose",
-        dropout=0.5,
+        block="widening",
+        decoder_block="plain",
+        up_features="input",
+        up_bias=False,
+        conv_bias=True,
+    ),
+    # Chen et al. 2021, arXiv 2102.04306: self-attention at the coarsest level.
+    "unet_transformer": partial(
+        UNet, features=(32, 64, 128, 256, 512), bottleneck="transformer"
+    ),
+    # He et al. 2015, arXiv 1512.03385, as encoder.
+    "unet_resnet18": partial(UNet, encoder="resnet18", features=_RESNET18, **_RESNET),
+    "unet_resnet34": partial(UNet, encoder="resnet34", features=_RESNET18, **_RESNET),
+    "unet_resnet50": partial(UNet, encoder="resnet50", features=_RESNET50, **_RESNET),
+    "unetpp_resnet34": partial(
+        UNet, encoder="resnet34", decoder="unetpp", features=_RESNET18, **_RESNET
     ),
 }
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON gives them, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def build(name: str, **fields: Any) -> UNet:
@@ -278,12 +652,11 @@ def build(name: str, **fields: Any) -> UNet:
         The module.
 
     Raises:
-        InputError: No net of that name.
+        InputError: No net of that name, or fields that no net can have.
         TypeError: No field of that name.
     """
     factory = choose(MODELS, name, "model.name =")
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    model = factory(**tuples)
+    model = factory(**{key: _tuples(value) for key, value in fields.items()})
     check(model)
     return model
 

@@ -240,8 +240,10 @@ class Predictor:
     def _probability(self, image: NumpyArray) -> NumpyArray:
         """``[*S, C]`` -> ``f32[*S, K]``."""
         size = image.shape[:-1]
+        axes = models.covering_axes(self.model, len(size))
         cuts = [
-            tiles.cut(self.model, n, tile=self.tile, overlap=self.overlap) for n in size
+            tiles.cut(axis, n, tile=self.tile, overlap=self.overlap)
+            for axis, n in zip(axes, size, strict=True)
         ]
         padded = mirror(image, models.pads(self.model, size), axis=0)
         if all(len(c.begins) == 1 for c in cuts):

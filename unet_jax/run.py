@@ -46,7 +46,7 @@ class Run:
             seed=self.config["seed"],
             batch_size=train["batch_size"],
             crop=train["crop"],
-            margin=models.margin(self.model),
+            margin=models.margin(self.model, self.dataset.rank),
             start=start,
         )
 

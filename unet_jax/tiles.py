@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unet_jax import models
-from unet_jax.models import UNet
+from unet_jax.geometry import Axis
 from unet_jax.types import NumpyArray
 
 
@@ -27,29 +26,29 @@ class Cuts(NamedTuple):
     shares: tuple[NumpyArray, ...]
 
 
-def cut(model: UNet, size: int, *, tile: int, overlap: float) -> Cuts:
-    """Windows over one axis, all beginning at multiples of 2^depth.
+def cut(axis: Axis, size: int, *, tile: int, overlap: float) -> Cuts:
+    """Windows over one axis, all beginning at multiples of the strides' product.
 
     Then max-pooling sees the same pairs as in the whole image. A same net sees zeros
     beyond a window, so its windows overlap and are blended by a triangle; the output of
     a valid net is that of the whole image, so each pixel is taken from one window.
 
     Args:
-        model: The net.
+        axis: The net along this axis (`unet_jax.models.axes`).
         size: Pixels of the image, without padding.
         tile: Output pixels of a window, rounded up to what the net can do; 0, or at
             least ``size``: one window.
         overlap: The part of a window that overlaps the next, in [0, 1); same nets.
     """
-    step, edge = 2**model.depth, models.margin(model)
-    ((before, after),) = models.pads(model, (size,))
+    step, edge = axis.step, axis.margin
+    before, after = axis.pads(size)
     whole = window = before + size + after
     if 0 < tile < size:
         tile = max(tile, step)
-        ((before, after),) = models.pads(model, (tile,))
+        before, after = axis.pads(tile)
         window = min(before + tile + after, whole)
     out, rest = window - 2 * edge, whole - window
-    valid = model.padding == "valid"
+    valid = axis.valid
     stride = (out if valid else int(out * (1 - overlap))) // step * step
     count = -(-rest // max(stride, step)) + 1
     # Spread evenly; the differences stay multiples of step and at most the stride.

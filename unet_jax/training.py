@@ -155,7 +155,7 @@ def make_train_step(
     ) -> tuple[Array, tuple[PyTree, Array]]:
         augment_key, dropout_key = jax.random.split(key)
         batch = prepare(augment_key, batch)
-        (logits, _), updated = model.apply(
+        (logits, aux), updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             batch["image"],
             train=True,
@@ -164,7 +164,11 @@ def make_train_step(
         )
         label, weight = fit(batch, logits)
         counted = any_weight(weight)
-        loss = jnp.sum(loss_fn(logits, label, weight) * counted)
+        # Deep supervision: the mean of the heads' losses. With valid padding a deeper
+        # head is smaller; all are weighed on the pixels that all have.
+        heads = [crop(head, logits.shape[1:-1]) for head in aux.get("heads", ())]
+        losses = [loss_fn(head, label, weight) for head in heads or [logits]]
+        loss = jnp.sum(sum(losses) * counted) * (1.0 / len(losses))
         return loss, (updated.get("batch_stats", batch_stats), jnp.sum(counted))
 
     gradient = jax.value_and_grad(objective, has_aux=True)
