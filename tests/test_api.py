@@ -27,6 +27,7 @@ ROWS = [
     {"evaluation", "checkpoint"},
     {"predict", "overlay", "run"},
     {"predict_files", "report"},
+    {"pruning"},
     {"cli", "__init__"},
     {"__main__"},
 ]

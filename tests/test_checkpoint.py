@@ -117,3 +117,25 @@ def test_a_reader_does_not_sweep_away_what_a_run_is_writing(tmp_path):
     half.mkdir()
     assert checkpoint.load_for_inference(tmp_path)[3] == 1
     assert half.exists()
+
+
+def test_a_checkpoint_of_format_1_is_still_read():
+    old = META.to_json()
+    old["format"] = 1
+    old["model"] = {
+        "name": "unet",
+        "num_classes": 2,
+        "features": [2, 4],
+        "up": "bilinear",
+        "align_corners": True,
+    }
+    meta = Meta.from_json(old)
+    model = MODEL.clone(up="bilinear_aligned")
+    assert meta.build_model() == model
+    # A run goes on although the net has more fields now than were written down then.
+    now = Meta.from_json(
+        {**META.to_json(), "model": {"name": "unet", **models.fields(model)}}
+    )
+    assert checkpoint.check_same_run(meta, now, "runs/a") == []
+    with pytest.raises(InputError, match=r"model\.up"):
+        checkpoint.check_same_run(meta, META, "runs/a")

@@ -36,6 +36,30 @@ def test_mirror_does_not_repeat_the_border():
     np.testing.assert_array_equal(row, [2, 1, 0, 1, 2, 3, 2, 1, 0])
 
 
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 5)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
+@pytest.mark.parametrize("padding", ["same", "valid", "reflect"])
+def test_volumes_are_convolved_as_lax_does(rng, kernel, stride, padding):
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((2, 5, 6, 7, 3)))
+        w = jnp.asarray(rng.standard_normal((*kernel, 3, 4)))
+        widths = tuple((k // 2, k // 2) for k in kernel)
+        given = {"same": widths, "valid": "VALID", "reflect": "VALID"}[padding]
+        if padding == "reflect":
+            x = jnp.pad(x, ((0, 0), *widths, (0, 0)), mode="reflect")
+        spec = {"dimension_numbers": ("NDHWC", "DHWIO", "NDHWC")}
+
+        def both(convolve):
+            def loss(x, w):
+                y = convolve(x, w, stride, given, **spec)
+                return jnp.sum(jnp.sin(y)), y
+
+            return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
+
+        ours, theirs = both(layers.convolve), both(jax.lax.conv_general_dilated)
+        chex.assert_trees_all_close(ours, theirs, atol=1e-11)
+
+
 @pytest.mark.parametrize("kind", ["batch", "instance", "group", "none"])
 def test_norms_keep_the_type_and_normalise(rng, kind):
     class Net(nn.Module):

@@ -126,7 +126,7 @@ def test_the_table_of_the_paper():
     assert not any("dropout" in name for name in rows)
     levels = [name for name in rows if "/" in name]
     assert levels[:2] == ["encoder/level0", "encoder/level1"]
-    assert levels[-3:] == ["decoder/level1", "decoder/up0", "decoder/level0"]
+    assert levels[-3:] == ["decoder/up0", "decoder/merge0", "decoder/level0"]
 
 
 def test_the_table_shows_what_is_frozen():

@@ -29,7 +29,7 @@ from unet_jax.models import UNet
 from unet_jax.training import TrainState
 from unet_jax.types import InputError, PyTree, Task
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,9 @@ class Meta:
     def from_json(cls, data: dict[str, Any]) -> "Meta":
         """The inverse of `to_json`."""
         data = {k: _tuples(v) for k, v in data.items() if k != "format"}
+        # Format 1 had a switch for what is now another up-sampling.
+        if data["model"].pop("align_corners", False):
+            data["model"]["up"] = "bilinear_aligned"
         return cls(**data)
 
     def build_model(self) -> UNet:
@@ -139,10 +142,10 @@ def _items(state: TrainState) -> dict[str, PyTree]:
     return items
 
 
-def _bytes(state: TrainState) -> int:
+def _bytes(trees: PyTree) -> int:
     return sum(
         x.size * x.dtype.itemsize
-        for x in jax.tree.leaves(state)
+        for x in jax.tree.leaves(trees)
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     )
 
@@ -209,19 +212,37 @@ class Checkpoints:
         Raises:
             InputError: The disk has no room for it; what is there stays.
         """
+        self._save(int(state.step), _items(state), meta, score=score)
+
+    def save_variables(self, step: int, variables: PyTree, meta: Meta) -> None:
+        """Saves a net to predict with, without what training would need to go on.
+
+        Args:
+            step: The training step of the weights; names the checkpoint.
+            variables: What ``model.apply`` takes.
+            meta: What the net is.
+
+        Raises:
+            InputError: The disk has no room for it.
+        """
+        items = {"variables": {"batch_stats": {}, **variables}}
+        self._save(step, items, meta, score=0.0)
+
+    def _save(
+        self, step: int, trees: dict[str, PyTree], meta: Meta, *, score: float
+    ) -> None:
         ocp = _orbax()
-        step = int(state.step)
         if step in self._manager.all_steps():
             return
         self.workdir.mkdir(parents=True, exist_ok=True)
-        need, free = _bytes(state), shutil.disk_usage(self.workdir).free
+        need, free = _bytes(trees), shutil.disk_usage(self.workdir).free
         if free < need:
             raise InputError(
                 f"the disk of {self.workdir} has {free >> 20} MB left and a checkpoint"
                 f" needs up to {(need >> 20) + 1} MB: free some space and run the same"
                 f" command again, it goes on from step {self.latest_step() or 0}."
             )
-        items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+        items = {k: ocp.args.StandardSave(v) for k, v in trees.items()}
         items["meta"] = ocp.args.JsonSave(meta.to_json())
         try:
             self._manager.save(
@@ -250,7 +271,15 @@ class Checkpoints:
         Args:
             step: A step there is.
             like: A state, or its shapes with shardings, to restore into.
+
+        Raises:
+            InputError: The workdir holds a net to predict with only.
         """
+        if not (self.workdir / "checkpoints" / str(step) / "training").exists():
+            raise InputError(
+                f"{self.workdir} holds a net to predict with, without the optimizer's"
+                " state: train in another --workdir."
+            )
         ocp = _orbax()
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(like).items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -293,7 +322,9 @@ _OPTIM_SWITCHES = ("clip", "weight_decay")
 
 def _identity(meta: Meta) -> dict[str, Any]:
     """What must be the same for a run to go on: path of the key -> value."""
-    own = {f"model.{k}": v for k, v in meta.model.items()}
+    # Of the net that is built, so that a field which is new has its default in both.
+    model = {"name": meta.model["name"], **models.fields(meta.build_model())}
+    own = {f"model.{k}": v for k, v in model.items()}
     for field in ("task", "label_names", "channels", "rank"):
         own[field] = getattr(meta, field)
     own |= {f"data.normalisation.{k}": v for k, v in meta.normalisation.items()}

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_predict(commands)
     _add_evaluate(commands)
+    _add_prune(commands)
     return parser
 
 
@@ -110,6 +111,31 @@ def _add_evaluate(commands: Any) -> None:
         description="Measures the net of a workdir on the data it was trained with.",
     )
     _add_workdir(command)
+    _add_split(command)
+    add = command.add_argument
+    add("--json", action="store_true", help="print JSON instead of tables")
+    command.set_defaults(run=_evaluate)
+
+
+def _add_prune(commands: Any) -> None:
+    command = commands.add_parser(
+        "prune",
+        help="what a UNet++ costs and scores cut off at each level",
+        description="Cuts a UNet++ that was trained with deep supervision off at each"
+        " level and prints its parameters, FLOPs, latency and scores there.",
+    )
+    _add_workdir(command)
+    _add_split(command)
+    add = command.add_argument
+    add("--level", type=int, metavar="L", help="write the net cut off at this level")
+    add("--out", metavar="DIR", help="workdir to write it to")
+    add(
+        "--repeats", type=int, default=20, metavar="N", help="timed passes of each (20)"
+    )
+    command.set_defaults(run=_prune)
+
+
+def _add_split(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "--split",
@@ -126,8 +152,6 @@ def _add_evaluate(commands: Any) -> None:
         " prediction: left out, 1 or 0 (skip)",
     )
     add("--batch_size", type=int, default=0, metavar="N", help="images run together")
-    add("--json", action="store_true", help="print JSON instead of tables")
-    command.set_defaults(run=_evaluate)
 
 
 def _add_workdir(command: argparse.ArgumentParser) -> None:
@@ -178,6 +202,49 @@ def _predict(arguments: argparse.Namespace) -> None:
         done=done,
     )
     print(f"{len(jobs)} file(s) in {time.perf_counter() - begin:.1f} s")
+
+
+# --- prune ---------------------------------------------------------------------------
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    _say_devices(sys.stdout)
+    from unet_jax import pruning
+    from unet_jax.checkpoint import load_for_inference
+    from unet_jax.types import InputError, choose, size_text
+
+    if (arguments.level is None) != (arguments.out is None):
+        raise InputError(
+            "--level and --out go together: the level to cut off at, and the folder to"
+            " write the smaller net to."
+        )
+    model, variables, meta, step = load_for_inference(
+        arguments.workdir, which=arguments.which
+    )
+    pruning.check(model, arguments.workdir)
+    if arguments.level is not None:
+        choose(range(1, model.depth + 1), arguments.level, "--level =")
+    source, split = _open_split(meta, arguments.split, arguments.root)
+    image = source[0]["image"]
+    levels = pruning.measure(
+        model,
+        variables,
+        image=image,
+        stats=meta.normalisation,
+        evaluate=lambda small, needed: _measure(small, needed, meta, source, arguments),
+        repeats=arguments.repeats,
+    )
+    size = size_text(image.shape[:-1])
+    print(f"{arguments.workdir}: step {step}, {len(source)} examples of {split}")
+    print(pruning.table(levels))
+    print(
+        f"FLOPs and latency (median of {arguments.repeats} passes in turns): of one"
+        f" image of {size}; Dice and IoU: pooled, mean of all classes but background"
+    )
+    if arguments.level is not None:
+        chosen = levels[arguments.level - 1]
+        where = pruning.write(chosen, meta, step, arguments.out)
+        print(f"level {arguments.level} is written to {where}: predict with it")
 
 
 # --- evaluate ------------------------------------------------------------------------
