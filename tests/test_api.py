@@ -17,7 +17,16 @@ ROOT = Path(unet_jax.__file__).parent
 ROWS = [
     {"types"},
     {"log"},
-    {"layers", "losses", "metrics", "warp", "normalisation", "optim", "sharding"},
+    {
+        "layers",
+        "losses",
+        "metrics",
+        "boundary",
+        "warp",
+        "normalisation",
+        "optim",
+        "sharding",
+    },
     {"augment", "data", "resample", "bottlenecks"},
     {"blocks", "merges"},
     {"encoders", "decoders"},
@@ -27,7 +36,8 @@ ROWS = [
     {"evaluation", "checkpoint"},
     {"predict", "overlay", "run"},
     {"predict_files", "report"},
-    {"pruning"},
+    {"pruning", "features", "diagram"},
+    {"feature_sheet"},
     {"cli", "__init__"},
     {"__main__"},
 ]

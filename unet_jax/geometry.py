@@ -5,10 +5,14 @@ decoder comes back up. Arithmetic on pixels; no array is touched.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from unet_jax.encoders import Step
+from unet_jax.types import InputError
+
+Span = tuple[int, int]
+"""The first and the last of neighbouring pixels or cells."""
 
 
 def conv_size(
@@ -63,6 +67,60 @@ def conv_transpose_size(
     return max(grown - 2 * padding + output_padding, 0)
 
 
+def _after(step: Step, size: int, *, valid: bool) -> int:
+    """The size that a step makes of a size."""
+    if step.pooling:  # an axis shorter than its window is left as it is
+        return size // step.stride if size >= step.stride else size
+    padding = 0 if valid else step.kernel // 2
+    return conv_size(size, kernel=step.kernel, stride=step.stride, padding=padding)
+
+
+def _before(step: Step, span: Span, size: int, *, valid: bool) -> Span:
+    """What a span of outputs sees of the ``size`` inputs of a step."""
+    first, last = span
+    if step.pooling:
+        stride = step.stride
+        return span if size < stride else (first * stride, (last + 1) * stride - 1)
+    begin = 0 if valid else -(step.kernel // 2)
+    first, last = first * step.stride + begin, last * step.stride + begin
+    return max(first, 0), min(last + step.kernel - 1, size - 1)
+
+
+def _through(taps: Sequence[int], size: int, *, valid: bool) -> list[int]:
+    """The sizes before and after each of some convolutions."""
+    sizes = [size]
+    for kernel in taps:
+        sizes.append(_after(Step(kernel), sizes[-1], valid=valid))
+    return sizes
+
+
+def _back(
+    steps: Sequence[Step], span: Span, sizes: Sequence[int], *, valid: bool
+) -> Span:
+    """What a span sees through several steps, ``sizes`` being those that go in."""
+    for step, size in reversed(list(zip(steps, sizes, strict=False))):
+        span = _before(step, span, size, valid=valid)
+    return span
+
+
+def _clip(span: Span, size: int) -> Span | None:
+    first, last = max(span[0], 0), min(span[1], size - 1)
+    return (first, last) if first <= last else None
+
+
+def _mixed(span: Span, size: int, stride: int, method: str) -> Span:
+    """What a span of an up-sampled map sees of the ``size`` cells it is made of."""
+    first, last = span
+    if method == "nearest" or stride == 1:
+        return first // stride, last // stride
+    if method == "linear":  # cell c stands at (c + 1/2) / stride - 1/2
+        scale, first, last = 2 * stride, 2 * first + 1 - stride, 2 * last + 1 - stride
+    else:  # linear_aligned: at c (size - 1) / (stride size - 1)
+        scale = stride * size - 1
+        first, last = first * (size - 1), last * (size - 1)
+    return max(first // scale, 0), min(-(-last // scale), size - 1)
+
+
 class Ascent(NamedTuple):
     """The way up to one level, along one axis.
 
@@ -71,12 +129,19 @@ class Ascent(NamedTuple):
         coarse: Kernel sizes before it grows.
         fine: Kernel sizes after.
         block: Kernel sizes of the level's block.
+        method: What a pixel of the larger map is made of. ``nearest``: the one that it
+            lies in, also of the learnt ways up, whose taps do not overlap; ``linear``
+            or ``linear_aligned``: its neighbours, too (`unet_jax.resample`).
+        gated: Whether skips are gated on the grid of the coarse map
+            (`unet_jax.merges.GridGate`), and so see around them.
     """
 
     stride: int
     coarse: tuple[int, ...]
     fine: tuple[int, ...]
     block: tuple[int, ...]
+    method: str = "nearest"
+    gated: bool = False
 
 
 class Axis(NamedTuple):
@@ -87,12 +152,19 @@ class Axis(NamedTuple):
         up: The way up to each level but the coarsest.
         head: The head's kernel size.
         valid: Whether convolutions lose their border.
+        nested: Whether the decoder is the grid of UNet++ and each of its nodes sees all
+            earlier ones of its row.
+
+    What a cell of a map sees is what convolutions, pooling, interpolation, skips and
+    attention gates carry to it. What takes a whole map into account (the statistics of
+    a norm, squeeze-and-excitation, self-attention) is not counted.
     """
 
     down: tuple[tuple[Step, ...], ...]
     up: tuple[Ascent, ...]
     head: int = 1
     valid: bool = False
+    nested: bool = False
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -196,3 +268,270 @@ class Axis(NamedTuple):
                 jump *= stride
             levels.append((field, jump))
         return levels
+
+    # --- Cells -----------------------------------------------------------------------
+
+    def sizes(self, size: int) -> tuple[list[int], list[int]]:
+        """The sizes of the encoder's maps and of the decoder's, finest first.
+
+        The decoder's are those of the last map of each level but the coarsest; the
+        first of them is what the head sees, `out` what it makes of it.
+
+        Raises:
+            InputError: A valid net does not work at this size; names those that do.
+        """
+        if not self.valid:
+            down = [sizes[-1] for sizes in self._on_the_way(size)]
+            return down, down[:-1]
+        sizes = self.valid_sizes(size) if size > 0 else None
+        if sizes is None:
+            below, above = self.nearest_sizes(size)
+            nearest = f"{below} or {above}" if below else f"{above}, the smallest"
+            raise InputError(
+                f"a size of {size} does not work with padding = 'valid', because it"
+                f" does not stay divisible by the strides {self.strides} or gets lost"
+                f" at the borders: use {nearest}."
+            )
+        down, up = sizes
+        return down, [up[0] + self.head - 1, *up[1:]]
+
+    def cell_down(self, size: int, pixel: int) -> list[int]:
+        """The cell of each of the encoder's maps that lies over a pixel.
+
+        A cell of a strided map covers as many pixels as it is strided by; without
+        padding it is the one whose field has the pixel in its middle. Where there is
+        none, at the border, it is the nearest that there is.
+
+        Args:
+            size: The image's.
+            pixel: Its place in the image, from 0.
+
+        Returns:
+            The cells' places, finest level first.
+
+        Raises:
+            InputError: As `sizes`.
+        """
+        cells = self._cells_down(size, pixel)
+        pairs = zip(cells, self.sizes(size)[0], strict=True)
+        return [min(max(cell, 0), n - 1) for cell, n in pairs]
+
+    def cell_up(self, size: int, pixel: int) -> list[int]:
+        """Likewise of the decoder's maps; arguments, answer and error as `cell_down`.
+
+        Of the logits: of the pixel itself if padded, else of ``pixel - margin``.
+        """
+        down, up = self.sizes(size)
+        cells = self._cells_down(size, pixel)
+        # Skips are cropped in the middle, and every convolution takes as much at the
+        # left as at the right: what is lost is half the difference of the sizes.
+        rows = zip(cells, down, up, strict=False)
+        return [min(max(cell - (m - n) // 2, 0), n - 1) for cell, m, n in rows]
+
+    def field_down(self, size: int, level: int, cell: int) -> Span:
+        """The first and the last pixel that a cell of the encoder's map sees.
+
+        Args:
+            size: The image's.
+            level: Of the map, 0 the finest.
+            cell: The cell's place in the map.
+
+        Returns:
+            Pixels of the image, from 0, both included.
+
+        Raises:
+            InputError: As `sizes`.
+            ValueError: The map has no such cell.
+        """
+        self._check_cell(cell, self.sizes(size)[0][level])
+        return self._seen(size, {(level, 0): (cell, cell)})
+
+    def field_up(self, size: int, level: int, cell: int) -> Span:
+        """Likewise of the decoder's maps, as `field_down`; `field` is of the logits."""
+        self._check_cell(cell, self.sizes(size)[1][level])
+        return self._seen(size, {(level, len(self.up) - level): (cell, cell)})
+
+    def field(self, size: int, cell: int) -> Span:
+        """Likewise of the logits: the receptive field of one of them.
+
+        Args:
+            size: The image's.
+            cell: The logit's place among the logits.
+
+        Returns:
+            Pixels of the image, from 0, both included.
+
+        Raises:
+            InputError: As `sizes`.
+            ValueError: There is no such logit.
+        """
+        read = self.sizes(size)[1][0]
+        self._check_cell(cell, _after(Step(self.head), read, valid=self.valid))
+        span = _before(Step(self.head), (cell, cell), read, valid=self.valid)
+        return self._seen(size, {(0, len(self.up)): span})
+
+    @property
+    def receptive_field(self) -> int:
+        """The most pixels that one logit sees, in an image without borders."""
+        return self._widest(self.field)
+
+    def seen_grid(self) -> list[list[int]]:
+        """The receptive field of each node ``X[i, j]`` of UNet++.
+
+        Of a U-Net the first of each row are those of the encoder, the last those of
+        the decoder, and there are no others.
+        """
+        depth = len(self.up)
+
+        def widest(node: tuple[int, int]) -> int:
+            return self._widest(lambda size, c: self._seen(size, {node: (c, c)}))
+
+        return [
+            [widest((i, j)) for j in range(depth + 1 - i)] for i in range(depth + 1)
+        ]
+
+    def seen_up(self) -> list[int]:
+        """The receptive field of each of the decoder's maps, finest first."""
+        return [row[-1] for row in self.seen_grid()[:-1]]
+
+    def _widest(self, field: Callable[[int, int], Span]) -> int:
+        size = 8 * self.step
+        while True:
+            size = next(self.working_sizes(2 * size))
+            # What cells see repeats after as many of them as the strides multiply to.
+            # Those a quarter into the map, as in its very middle maps aligned at their
+            # corners meet and the neighbour's share is next to nothing.
+            begin = min(self.sizes(size)[1]) // 4
+            if begin < self.step:
+                continue
+            spans = [field(size, begin + i) for i in range(self.step)]
+            if all(first > 0 and last < size - 1 for first, last in spans):
+                return max(last - first + 1 for first, last in spans)
+
+    @staticmethod
+    def _check_cell(cell: int, size: int) -> None:
+        if not 0 <= cell < size:
+            raise ValueError(f"a map of {size} cells has no cell {cell}")
+
+    def _on_the_way(self, size: int) -> list[list[int]]:
+        """At each of the encoder's levels the sizes that its steps get, and its own."""
+        levels = []
+        for level in self.down:
+            sizes = [size]
+            for step in level:
+                sizes.append(_after(step, sizes[-1], valid=self.valid))
+            size = sizes[-1]
+            levels.append(sizes)
+        return levels
+
+    def _cells_down(self, size: int, pixel: int) -> list[int]:
+        """As `cell_down`, but where the net loses its border beyond the map."""
+        cells = []
+        for level, sizes in zip(self.down, self._on_the_way(size), strict=True):
+            for step, n in zip(level, sizes, strict=False):
+                if step.pooling:
+                    pixel = pixel // step.stride if n >= step.stride else pixel
+                else:
+                    lost = (step.kernel - 1) // 2 if self.valid else 0
+                    pixel = (pixel - lost) // step.stride
+            cells.append(pixel)
+        return cells
+
+    def _grid(self, down: Sequence[int]) -> list[list[int]]:
+        """The sizes of the nodes of UNet++, of which a U-Net has the last of each row.
+
+        ``grid[i][j]``, as in `unet_jax.decoders.UNetPlusPlusDecoder`.
+        """
+        grid = [[n] for n in down]
+        for row in reversed(range(len(self.up))):
+            for coarse in grid[row + 1]:
+                raised = self._raised(row, coarse)[1][-1] if self.valid else down[row]
+                block = _through(self.up[row].block, raised, valid=self.valid)
+                grid[row].append(block[-1])
+        return grid
+
+    def _raised(self, row: int, coarse: int) -> tuple[list[int], list[int]]:
+        """The sizes on the way up to a row, before the map grows and after."""
+        before = _through(self.up[row].coarse, coarse, valid=self.valid)
+        grown = before[-1] * self.up[row].stride
+        return before, _through(self.up[row].fine, grown, valid=self.valid)
+
+    def _seen(self, size: int, wanted: dict[tuple[int, int], Span]) -> Span:
+        """What spans of nodes (row, column) see of the image, all together."""
+        way = self._on_the_way(size)
+        grid = self._grid([sizes[-1] for sizes in way])
+        wanted = dict(wanted)
+
+        def want(node: tuple[int, int], span: Span) -> None:
+            first, last = wanted.get(node, span)
+            wanted[node] = min(first, span[0]), max(last, span[1])
+
+        for column in range(len(self.up), 0, -1):
+            for row in range(len(self.up) + 1 - column):
+                if (row, column) in wanted:
+                    span = wanted.pop((row, column))
+                    for node, seen in self._inputs(grid, row, column, span):
+                        want(node, seen)
+        for row in range(len(self.up), 0, -1):
+            if (row, 0) in wanted:
+                span = wanted[row, 0]
+                seen = _back(self.down[row], span, way[row], valid=self.valid)
+                want((row - 1, 0), seen)
+        return _back(self.down[0], wanted[0, 0], way[0], valid=self.valid)
+
+    def _inputs(
+        self, grid: list[list[int]], row: int, column: int, span: Span
+    ) -> Iterator[tuple[tuple[int, int], Span]]:
+        """The nodes of which a node is made, and what a span of it sees of each."""
+        ascent, valid = self.up[row], self.valid
+        coarse = grid[row + 1][column - 1]
+        before, after = self._raised(row, coarse)
+        merged = after[-1] if valid else grid[row][0]
+        block = [Step(kernel) for kernel in ascent.block]
+        sizes = _through(ascent.block, merged, valid=valid)
+        span = first, last = _back(block, span, sizes, valid=valid)
+        skipped = span
+        if ascent.gated:
+            window, around = _gate(span, merged, coarse, ascent.stride)
+            skipped = min(first, window[0]), max(last, window[1])
+            yield (row + 1, column - 1), around
+        for earlier in range(column) if self.nested else (0,):
+            shift = (grid[row][earlier] - merged) // 2
+            yield (row, earlier), (skipped[0] + shift, skipped[1] + shift)
+        # Of another size than the skip, it is cropped or has zeros around it.
+        shift = _shift(merged, after[-1])
+        up = _clip((first + shift, last + shift), after[-1])
+        if up is None:
+            return
+        up = _back([Step(kernel) for kernel in ascent.fine], up, after, valid=valid)
+        up = _mixed(up, before[-1], ascent.stride, ascent.method)
+        up = _back([Step(kernel) for kernel in ascent.coarse], up, before, valid=valid)
+        yield (row + 1, column - 1), up
+
+
+def _shift(size: int, old: int) -> int:
+    """What to add to a place in a map of ``size`` that `layers.align` made of ``old``.
+
+    Its sum is the place in the map of ``old``.
+    """
+    return (old - size) // 2 if old >= size else -((size - old) // 2)
+
+
+def _gate(span: Span, size: int, coarse: int, stride: int) -> tuple[Span, Span]:
+    """What a span of a gated skip sees of the skip and of the coarse map.
+
+    Args:
+        span: Places in the skip.
+        size: Of the skip.
+        coarse: Size of the map whose grid the gate is computed on.
+        stride: From the one to the other.
+    """
+    grown = coarse * stride
+    shift = max(grown - size, 0) // 2  # where too small, the last gate is repeated
+    first, last = (min(place + shift, grown - 1) for place in span)
+    around = _mixed((first, last), coarse, stride, "linear")
+    shift = _shift(coarse, size // stride)
+    cells = _clip((around[0] + shift, around[1] + shift), size // stride)
+    if cells is None:
+        return span, around
+    return (cells[0] * stride, (cells[1] + 1) * stride - 1), around

@@ -154,6 +154,11 @@ class Gated(nn.Module):
     gate: Factory = GridGate
     from_level: int = 0
 
+    @property
+    def on_coarse_grid(self) -> bool:
+        """Whether what is gated depends on its neighbours, too."""
+        return self.gate is GridGate and self.level >= self.from_level
+
     @nn.compact
     def __call__(self, skips: Skips, up: Array, coarse: Array) -> Merged:
         if self.level < self.from_level:

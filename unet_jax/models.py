@@ -39,7 +39,7 @@ from unet_jax.layers import (
     per_axis,
 )
 from unet_jax.merges import MERGES
-from unet_jax.resample import DOWNS, UPS, UpConv
+from unet_jax.resample import DOWNS, UPS, UpConv, nearest
 from unet_jax.types import (
     Array,
     InputError,
@@ -449,9 +449,13 @@ def axis(model: UNet, index: int, rank: int) -> Axis:
         up = decoder.ups[level](features=1, parent=None)
         coarse, fine = up.taps(index)
         block = decoder.blocks[level](features=1, parent=None).taps(index)
-        ups.append(Ascent(up.stride[index], coarse, fine, block))
+        merge = decoder.merges[level](parent=None)
+        method = getattr(up, "method", nearest).__name__
+        gated = getattr(merge, "on_coarse_grid", False)
+        ups.append(Ascent(up.stride[index], coarse, fine, block, method, gated))
     down = parts.encoder(parent=None).steps(index)
-    return Axis(down, tuple(ups), model.head_kernel, model.padding == "valid")
+    valid = model.padding == "valid"
+    return Axis(down, tuple(ups), model.head_kernel, valid, decoder.nested)
 
 
 def axes(model: UNet, rank: int) -> tuple[Axis, ...]:

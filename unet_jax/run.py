@@ -5,6 +5,7 @@ goes to the builder of the same name as keyword arguments.
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from unet_jax.evaluation import (
     make_eval_step,
 )
 from unet_jax.training import TrainState, init_state, make_train_step
-from unet_jax.types import InputError, choose
+from unet_jax.types import InputError, Shape, choose, size_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,17 @@ def check(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
             )
 
 
+def _check_depth(model: models.UNet, crop: Shape) -> None:
+    """Refuses a net that would halve a crop to nothing."""
+    steps = tuple(axis.step for axis in models.axes(model, len(crop)))
+    if model.padding != "valid" and any(map(operator.lt, crop, steps)):
+        raise InputError(
+            f"train.crop = {crop} is too small for a net of {model.depth + 1} levels,"
+            f" whose coarsest map is {size_text(steps)} times smaller: use a crop of"
+            f" at least {steps}, or fewer levels (model.features)."
+        )
+
+
 def build(config: dict[str, Any], mesh: jax.sharding.Mesh) -> Run:
     """Wires a run from a config; reads the data, compiles nothing."""
     train = config["train"]
@@ -115,6 +127,7 @@ def build(config: dict[str, Any], mesh: jax.sharding.Mesh) -> Run:
     choose(known, config["plateau"]["monitor"], "plateau.monitor =")
     model = models.build(**config["model"], num_classes=len(names))
     models.output_size(model, train["crop"])
+    _check_depth(model, train["crop"])
     stats = normalisation.measure(
         config["data"]["normalisation"],
         (dataset.train[i]["image"] for i in range(len(dataset.train))),
