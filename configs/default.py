@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
 
     config.augment = augment = ConfigDict()  # unet_jax.augment.build
     augment.flip = True
+    augment.flip_axes = ()  # along these spatial axes only
     augment.quarter_turns = True
     augment.rotate = 0.0  # degrees, either way
     augment.scale = 0.0  # 0.25: by a factor of 1/1.25 to 1.25

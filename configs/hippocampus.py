@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.data.volumes.slices = False
     config.data.volumes.label_names = ("background", "anterior", "posterior")
 
-    # No flips: they would turn an anterior part into a posterior one.
-    config.augment.flip = False
+    # Left to right only: another flip would turn an anterior part into a posterior one.
+    config.augment.flip_axes = (0,)
     config.augment.quarter_turns = False
     config.augment.rotate = 15.0
     config.augment.scale = 0.15
@@ -37,11 +37,10 @@ def get_config() -> ConfigDict:
     config.augment.brightness = 0.2
     config.augment.noise = 0.1
 
-    config.model.features = (8, 16, 32, 64)
-
-    config.train.steps = 300
+    config.train.steps = 600
+    config.train.ema = 0.99
     config.train.batch_size = 4
-    config.train.crop = (32, 40, 32)
+    config.train.crop = (32, 48, 32)
     config.train.log_every = 20
     config.train.eval_every = 100
     config.train.eval_batch_size = 2

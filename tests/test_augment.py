@@ -142,6 +142,19 @@ def test_flip_and_quarter_turn_equal_numpy(rng):
     assert half["image"].shape == (4, 6, 1)
 
 
+def test_flips_keep_to_their_axes(rng):
+    source = {"image": rng.random((3, 4, 5, 1), np.float32)}
+    source["label"] = np.arange(60, dtype=np.int32).reshape(3, 4, 5)
+    source["weight"] = np.ones((3, 4, 5), np.float32)
+    one = jax.jit(augment.build(flip=True, flip_axes=(1,)))
+    seen = [one(jax.random.key(k), source)["label"] for k in range(20)]
+    found = {np.asarray(label).tobytes() for label in seen}
+    flipped = np.flip(source["label"], 1)
+    assert found == {source["label"].tobytes(), flipped.tobytes()}
+    with pytest.raises(InputError, match="flip_axes"):
+        augment.build(flip=True, flip_axes=(3,))
+
+
 def test_random_flips_and_turns_take_every_value_equally_often():
     source = ramps((2, 2))
     keys = jax.random.split(jax.random.key(0), 4000)

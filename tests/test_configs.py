@@ -51,7 +51,7 @@ class TinyPets(tensorflow_datasets.core.GeneratorBasedBuilder):
 
 
 def _cells(root, config):
-    config.data.cells.size = (32, 32)
+    config.data.cells.size = tuple(16 * 2 for _ in config.train.crop)
     config.data.cells.examples = 4
 
 
@@ -103,7 +103,9 @@ def _pets(root, config):
     config.data.evaluation = "test[:30%]"
 
 
+FAMILY = [name for name in CONFIGS if name in models.MODELS]
 MAKERS = {
+    **dict.fromkeys(FAMILY, _cells),
     "default": _cells,
     "hippocampus": _volumes,
     "isbi2012": _stacks,
@@ -117,6 +119,13 @@ def test_every_config_is_tried_here():
     assert set(MAKERS) == set(CONFIGS)
 
 
+def test_every_named_net_has_a_config():
+    assert set(FAMILY) | {"unet"} == set(models.MODELS)  # `default` is plain "unet"
+    for name in FAMILY:
+        config = importlib.import_module(f"configs.{name}").get_config()
+        assert config.model.name == name and config.data.source == "cells"
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_trains_one_step_and_evaluates(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config()
@@ -124,10 +133,14 @@ def test_config_trains_one_step_and_evaluates(name, tmp_path):
     root = tmp_path / "data"
     root.mkdir()
     MAKERS[name](root, config)
-    if name != "default":
+    if MAKERS[name] is not _cells:
         config.data.root = str(root)
-    config.model.features = tuple(2 for _ in config.model.features)
-    config.train.crop = tuple(16 for _ in config.train.crop)
+    fields = train.chosen(config)["model"]
+    model = models.build(num_classes=2, **fields)
+    config.model.features = tuple(4 * (n > 0) for n in model.features)
+    # The smallest crop: one pixel at the coarsest level, or what valid padding allows.
+    axes = models.axes(model, len(config.train.crop))
+    config.train.crop = tuple(max(a.nearest_sizes(a.step)[1], 16) for a in axes)
     config.train.steps = 1
     config.train.batch_size = 2
     config.train.eval_batch_size = 2

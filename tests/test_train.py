@@ -197,6 +197,8 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_good(tmp_path):
         ({"train.crop": (16, 16, 16)}, "train.crop.*2"),
         ({"train.crop": (64, 64)}, "crop"),
         ({"train.crop": (19, 19), "model.padding": "valid"}, "use 18 or 20"),
+        ({"model.features": (2,) * 6}, r"train\.crop.*at least \(32, 32\)"),
+        ({"model.name": "unetpp", "model.level": 2}, "in 1 to 1"),
         ({"train.accumulate": 3}, "does not divide"),
         ({"train.accumulate": 2, "loss.over": "batch"}, "train.accumulate=1"),
         ({"train.batch_size": 3, "mesh.data": 2}, "use 2 or 4"),

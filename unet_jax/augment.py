@@ -17,12 +17,13 @@ The image is expected in its normalised range, of roughly unit scale: ``brightne
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unet_jax.types import Array, AugmentFn, Example, InputError, Shape
 from unet_jax.warp import (
@@ -204,6 +205,7 @@ def random_noise(key: Array, example: Example, *, limit: float) -> Example:
 def build(
     *,
     flip: bool = False,
+    flip_axes: Sequence[int] = (),
     quarter_turns: bool = False,
     rotate: float = 0.0,
     scale: float = 0.0,
@@ -222,6 +224,8 @@ def build(
 
     Args:
         flip: mirror along every spatial axis with probability one half.
+        flip_axes: along these only, counted from 0; () for all. In a body left and
+            right may be exchanged, front and back may not.
         quarter_turns: turn by quarters in the last two spatial axes.
         rotate: degrees, see ``random_affine``.
         scale: see ``random_affine``.
@@ -257,6 +261,11 @@ def build(
             )
     if not 0 <= probability <= 1:
         raise InputError(f"augment.probability={probability} must lie in 0 to 1")
+    if not all(axis in range(3) for axis in flip_axes):
+        raise InputError(
+            f"augment.flip_axes={tuple(flip_axes)} must be spatial axes, counted from"
+            " 0: such as (1,), the columns of an image"
+        )
     affine: dict[str, Any] = {"rotate": rotate, "scale": scale, "shift": shift}
     affine |= {"rotate_3d": rotate_3d, "probability": probability}
     if not (probability > 0 and (rotate > 0 or scale > 0 or shift > 0)):
@@ -267,7 +276,7 @@ def build(
 
     def augment(key: Array, example: Example) -> Example:
         flip_key, turn_key, affine_key, *keys = jax.random.split(key, 3 + len(limits))
-        flips = _draw_flips(flip_key, example) if flip else None
+        flips = _draw_flips(flip_key, example, flip_axes) if flip else None
         turns = _draw_turns(turn_key, example) if quarter_turns else None
         example = _move(example, flips=flips, turns=turns, key=affine_key, **affine)
         operations = (random_contrast, random_brightness, random_gamma, random_noise)
@@ -306,8 +315,10 @@ def _move(
     return resample(example, field)
 
 
-def _draw_flips(key: Array, example: Example) -> Array:
-    return jax.random.bernoulli(key, shape=(_rank(example),))
+def _draw_flips(key: Array, example: Example, axes: Sequence[int] = ()) -> Array:
+    rank = _rank(example)
+    allowed = np.array([axis in axes or not axes for axis in range(rank)])
+    return jax.random.bernoulli(key, shape=(rank,)) & allowed
 
 
 def _draw_turns(key: Array, example: Example) -> Array:

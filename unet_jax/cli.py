@@ -1,4 +1,4 @@
-"""The console command ``unet-jax``: predict and evaluate with a trained workdir.
+"""The console command ``unet-jax``: a trained workdir, or a net, from the outside.
 
 A user's mistake ends in one sentence on stderr and exit status 2. Everything heavy is
 imported by the subcommand that needs it, so that ``--help`` answers at once.
@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a user's mistake.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    arguments.changes = [text for text in unknown if text.startswith("--config.")]
+    if unknown and (arguments.changes != unknown or not hasattr(arguments, "config")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     from unet_jax.types import InputError
 
     try:
@@ -56,13 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     from unet_jax import __version__
 
     parser = argparse.ArgumentParser(
-        prog="unet-jax", description="Predict and evaluate with a trained U-Net."
+        prog="unet-jax", description="Look at U-Nets, and use what was trained."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_predict(commands)
     _add_evaluate(commands)
     _add_prune(commands)
+    _add_shapes(commands)
+    _add_features(commands)
     return parser
 
 
@@ -133,6 +139,45 @@ def _add_prune(commands: Any) -> None:
         "--repeats", type=int, default=20, metavar="N", help="timed passes of each (20)"
     )
     command.set_defaults(run=_prune)
+
+
+def _add_shapes(commands: Any) -> None:
+    command = commands.add_parser(
+        "shapes",
+        help="print and draw a net with the shape at every node",
+        description="Prints the U: the shape at every node, what skips carry and what is cut"
+        " off them, parameters, FLOPs and receptive field of each level.",
+        epilog="Any key of the config's model can be changed, as in train.py:"
+        ' --config.model.name=unetpp --config.model.features="(32,64,128)".',
+    )
+    add = command.add_argument
+    add("--config", metavar="FILE", help="a config of train.py; without it plain U-Net")
+    add("--workdir", metavar="DIR", help="instead: where train.py wrote")
+    add(
+        "--size",
+        metavar="SIZE",
+        help="of the image: 572, 256x320 or 32x48x32 (the config's train.crop)",
+    )
+    add("--channels", type=int, default=1, metavar="C", help="of the image (1)")
+    add("--classes", type=int, default=2, metavar="K", help="of the answer (2)")
+    add("--out", metavar="FILE", help="draw it, as .png or .svg")
+    command.set_defaults(run=_shapes)
+
+
+def _add_features(commands: Any) -> None:
+    command = commands.add_parser(
+        "features",
+        help="draw what a trained net makes of an image, or follow one pixel",
+        description="Draws the strongest feature maps and the attention gates of every"
+        " level as one picture.",
+    )
+    _add_workdir(command)
+    add = command.add_argument
+    add("image", metavar="IMAGE", help="a file that predict can read")
+    add("--out", metavar="FILE", help="the picture (IMAGE_features.png, right here)")
+    add("--maps", type=int, default=8, metavar="N", help="channels of each level (8)")
+    add("--pixel", metavar="Y,X", help="follow this pixel down and up, counted from 0")
+    command.set_defaults(run=_features)
 
 
 def _add_split(command: argparse.ArgumentParser) -> None:
@@ -245,6 +290,116 @@ def _prune(arguments: argparse.Namespace) -> None:
         chosen = levels[arguments.level - 1]
         where = pruning.write(chosen, meta, step, arguments.out)
         print(f"level {arguments.level} is written to {where}: predict with it")
+
+
+# --- shapes and features -------------------------------------------------------------
+
+
+def _shapes(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from unet_jax import diagram, models
+    from unet_jax.types import InputError
+
+    channels, config = arguments.channels, {}
+    if arguments.workdir is not None:
+        if arguments.config is not None or arguments.changes:
+            raise InputError(
+                f"--workdir={arguments.workdir} has a net of its own: leave out"
+                " --config, or leave out --workdir."
+            )
+        from unet_jax.checkpoint import load_for_inference
+
+        model, _, meta, _ = load_for_inference(arguments.workdir, which="latest")
+        channels, config = meta.channels, meta.config
+    else:
+        if arguments.config is not None:
+            config = _read_config(arguments.config)
+        fields = {**config.get("model", {"name": "unet"}), **_changes(arguments)}
+        model = models.build(**fields, num_classes=arguments.classes)
+    size = _size(arguments.size, config)
+    out = Path(arguments.out) if arguments.out else None
+    diagram.print_and_draw(model, size, channels, out)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """A config file of train.py as plain data, without the keys that are None."""
+    import runpy
+    from pathlib import Path
+
+    from unet_jax.types import InputError
+
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"there is no config {path}: give a file like configs/x.py.")
+    # As train.py is started: a config may import others beside it.
+    sys.path.insert(0, str(file.absolute().parent.parent))
+    try:
+        config = runpy.run_path(str(file))["get_config"]().to_dict()
+    finally:
+        sys.path.pop(0)
+
+    def chosen(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: chosen(v) for k, v in value.items() if v is not None}
+
+    return chosen(config)
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``--config.model.KEY=VALUE`` as fields of the net."""
+    import ast
+
+    from unet_jax.models import UNet
+    from unet_jax.types import InputError, choose
+
+    fields: dict[str, Any] = {}
+    known = {"name", *UNet.__dataclass_fields__} - {"parent", "num_classes"}
+    for text in arguments.changes:
+        key, _, value = text.partition("=")
+        if not key.startswith("--config.model.") or not value:
+            raise InputError(
+                f"{text} does not change the net: write --config.model.KEY=VALUE."
+            )
+        name = choose(known, key.removeprefix("--config.model."), "--config.model.")
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[name] = value
+    return fields
+
+
+def _size(text: str | None, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """``572`` or ``256x320`` -> a number for each axis."""
+    from unet_jax.types import InputError
+
+    crop = config.get("train", {}).get("crop", (256, 256))
+    if text is None:
+        return tuple(crop)
+    parts = text.lower().replace(",", "x").split("x")
+    numbers = tuple(int(part) for part in parts if part.strip().isdecimal())
+    if len(numbers) != len(parts) or min(numbers) < 1 or len(numbers) > 3:
+        raise InputError(f"--size={text} is no size: write 572, 256x320 or 32x48x32.")
+    return numbers * len(crop) if len(numbers) == 1 else numbers
+
+
+def _features(arguments: argparse.Namespace) -> None:
+    _say_devices(sys.stdout)
+    from pathlib import Path
+
+    from unet_jax import feature_sheet
+    from unet_jax.predict import Predictor
+
+    pixel = feature_sheet.parse_pixel(arguments.pixel) if arguments.pixel else None
+    predictor = Predictor(arguments.workdir, which=arguments.which)
+    out = arguments.out or f"{Path(arguments.image).name.split('.')[0]}_features.png"
+    text = feature_sheet.write(
+        predictor, arguments.image, out, channels=arguments.maps, pixel=pixel
+    )
+    if text:
+        print(text)
+    print(f"{arguments.image} -> {out}")
 
 
 # --- evaluate ------------------------------------------------------------------------

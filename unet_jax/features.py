@@ -2,8 +2,8 @@
 
     predictor = unet_jax.Predictor("runs/cells")
     maps = features.feature_maps(predictor, image)
-    feature_sheet.picture(maps)             # u8[H, W, 3]: a row a level, strongest channels
-    print(features.trace(maps, (40, 57)))     # what became of that pixel
+    print(features.trace(maps, (40, 57)))  # what became of that pixel
+    feature_sheet.picture(maps)  # u8[H, W, 3]: a row a level, its strongest channels
 
 The image is mirrored, run and cut as in `unet_jax.predict`, whole and never in tiles.
 All panels of a picture show the same piece of the image, so that a place in one is the

@@ -7,8 +7,9 @@
 - ``up``: the up-sampled map, of the same size;
 - ``coarse``: the map it was up-sampled from.
 
-It returns the merged map and a tuple of the gates it used, ``[B, *S, 1]`` each. A new
-merge is a class and its entry in the table.
+It returns the merged map and a tuple of the gates it used, ``[B, *S, 1]`` each. If what
+it makes of a skip depends on more than the same pixel of the skip and of the up-sampled
+map, it says so by ``on_coarse_grid``. A new merge is a class and an entry in the table.
 """
 
 from functools import partial

@@ -47,7 +47,6 @@ from unet_jax.types import (
     PyTree,
     Shape,
     choose,
-    size_text,
 )
 
 Sizes = tuple[int | tuple[int, ...], ...]
@@ -473,16 +472,8 @@ def output_size(model: UNet, size: Sequence[int]) -> Shape:
         return tuple(size)
     out = []
     for n, along in zip(size, axes(model, len(size)), strict=True):
-        result = along.out(n)
-        if result is None:
-            below, above = along.nearest_sizes(n)
-            nearest = f"{below} or {above}" if below else f"{above}, the smallest"
-            raise InputError(
-                f"an image of {size_text(size)} does not work with padding = 'valid'"
-                f" and {model.depth} halvings, because {n} does not stay even at each"
-                f" of them: use {nearest} (572 gives 388 in the paper's net)."
-            )
-        out.append(result)
+        along.sizes(n)  # refuses what does not work
+        out.append(along.out(n) or 0)
     return tuple(out)
 
 

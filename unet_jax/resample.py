@@ -3,7 +3,8 @@
 `DOWNS` and `UPS` name them. A new one is a function or module and its entry there. An
 up-sampling is a module with the fields ``features``, ``stride``, ``kernel`` (a number
 for each axis) and ``kit``, and a method ``taps(axis)``: the kernel sizes of its
-convolutions along an axis, those before and those after the size has grown.
+convolutions along an axis, those before and those after the size has grown. One that
+interpolates says by a field ``method`` (`nearest`, `linear`, `linear_aligned`) how.
 """
 
 import math

@@ -1,0 +1,23 @@
+"""R2U-Net (arXiv 1802.06955) on the built-in cells: recurrent residual units.
+
+    python train.py --config=configs/r2unet.py --workdir=runs/r2unet
+
+The widths are an eighth of the named net's, for two CPU cores; ``config.model.features
+= None`` gives it as published.
+
+Measured on two CPU cores: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Each convolution is applied three times with the same weights."""
+    config = default.get_config()
+    config.model.name = "r2unet"
+    config.model.features = (8, 16, 32, 64)
+    config.train.steps = 150
+    config.train.eval_every = 50
+    return config

@@ -1,0 +1,24 @@
+"""UNet++ as its first paper has it (arXiv 1807.10165) on the built-in cells.
+
+    python train.py --config=configs/unetpp_2018.py --workdir=runs/unetpp_2018
+
+The widths are half of the named net's, for two CPU cores; ``config.model.features =
+None`` gives it as published.
+
+Measured on two CPU cores: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """No norm; dropout 0.5 after the two coarsest levels."""
+    config = default.get_config()
+    config.model.name = "unetpp_2018"
+    config.model.features = (16, 32, 64, 128, 256)
+    config.optim.learning_rate = 1e-3
+    config.train.steps = 150
+    config.train.eval_every = 50
+    return config
