@@ -145,7 +145,7 @@ def _add_shapes(commands: Any) -> None:
     command = commands.add_parser(
         "shapes",
         help="print and draw a net with the shape at every node",
-        description="Prints the U: the shape at every node, what skips carry and what is cut"
+        description="Prints the U: every shape, what skips carry and what is cut"
         " off them, parameters, FLOPs and receptive field of each level.",
         epilog="Any key of the config's model can be changed, as in train.py:"
         ' --config.model.name=unetpp --config.model.features="(32,64,128)".',
