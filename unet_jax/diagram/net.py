@@ -192,6 +192,7 @@ def _traced(
 
 
 def summed(costs: Iterable[Cost]) -> Cost:
+    """The costs of several parts as one."""
     return sum(costs, Cost())
 
 

@@ -10,6 +10,7 @@ WIDTH = 100
 
 
 def flops_text(count: int) -> str:
+    """``24.16 G``; empty where there are none."""
     if not count:
         return ""
     unit, letter = next(
@@ -123,6 +124,7 @@ def _u_lines(diagram: Diagram) -> list[str]:
 
 
 def node_name(node: Node) -> str:
+    """``X[row,column]``."""
     return f"X[{node.row},{node.column}]"
 
 
