@@ -86,6 +86,14 @@ def test_evaluate_other_splits(workdir, capsys):
         (["predict", "--workdir=WORKDIR", "--out=o", "a", "--which=9"], "checkpoint 9"),
         (["evaluate", "--workdir=WORKDIR", "--split=train[1"], "split"),
         (["evaluate", "--workdir=WORKDIR", "--batch_size=3"], "--batch_size = 3"),
+        (["shapes", "--config=nothing.py"], "nothing.py"),
+        (["shapes", "--size=12y"], "--size=12y"),
+        (["shapes", "--size=20", "--config.model.padding=valid"], "use 188"),
+        (["shapes", "--config.model.depth=3"], "features"),
+        (["shapes", "--config.train.steps=3"], "--config.model.KEY"),
+        (["shapes", "--workdir=WORKDIR", "--config.model.up=nearest"], "net of its"),
+        (["shapes", "--size=32", "--out=net.pdf"], ".svg"),
+        (["prune", "--workdir=WORKDIR"], "deep supervision"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(
@@ -99,12 +107,45 @@ def test_a_users_mistake_is_one_sentence(
     assert error.count("\n") == 1
 
 
+def test_shapes_of_a_config_and_of_a_workdir(workdir, tmp_path, capsys):
+    path = tmp_path / "net.png"
+    changes = ["--config.model.features=(2,4,8)", "--config.model.up=bilinear"]
+    config = ["--config=configs/unetpp.py", "--size=32x48", f"--out={path}"]
+    assert cli.main(["shapes", *config, *changes]) == 0
+    text = capsys.readouterr().out
+    assert "image 32 x 48 x 1" in text and "X[0,2]" in text and path.exists()
+    assert "X[0,3]" not in text
+    assert cli.main(["shapes", f"--workdir={workdir}"]) == 0
+    assert "decoder unet" in capsys.readouterr().out
+    assert cli.main(["shapes", "--size=64"]) == 0  # plain U-Net
+    assert "31,036,546" in capsys.readouterr().out
+
+
+def test_features_and_a_pixel(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(16, 12)).save("a.png")
+    arguments = ["features", f"--workdir={workdir}", "a.png", "--maps=2"]
+    assert cli.main([*arguments, "--pixel=3,4"]) == 0
+    text = capsys.readouterr().out
+    assert "pixel (3, 4) of a.png" in text and "softmax" in text
+    assert "a.png -> a_features.png" in text
+    with Image.open("a_features.png") as drawn:
+        assert drawn.size[0] > 300
+
+
 def test_argparse_refuses(capsys):
-    for arguments in ([], ["predict"], ["evaluate", "--workdir=a", "--which=bset"]):
+    for arguments in (
+        [],
+        ["predict"],
+        ["evaluate", "--workdir=a", "--which=bset"],
+        ["evaluate", "--workdir=a", "--config.model.up=nearest"],
+        ["shapes", "--sise=3"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(arguments)
         assert stopped.value.code == 2
-    assert "bset" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "bset" in error and "--sise=3" in error and "model.up=nearest" in error
 
 
 def test_the_module_runs():
