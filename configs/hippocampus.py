@@ -6,9 +6,10 @@
 DIR holds ``imagesTr`` and ``labelsTr``, NIfTI (``pip install nibabel``). MR intensities
 have no unit, so every volume is standardised by itself.
 
-Measured on two CPU cores with every second of the 260 training volumes: pooled Dice
-0.845 (anterior) and 0.834 (posterior) on the last 26 of them, in 5 min 44 s with other
-work beside it.
+Measured on two CPU cores with every second of the 260 training volumes (104 to train,
+the last 26 held out): pooled Dice 0.884 (anterior) and 0.859 (posterior), mean 0.8716
+(0.8707 as mean over volumes), best at step 450; it stops at step 750, after 19 minutes
+of CPU time.
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +29,9 @@ def get_config() -> ConfigDict:
     config.data.volumes.slices = False
     config.data.volumes.label_names = ("background", "anterior", "posterior")
 
-    # Left to right only: another flip would turn an anterior part into a posterior one.
-    config.augment.flip_axes = (0,)
+    # No flips: they would turn an anterior part into a posterior one. Left to right alone
+    # (augment.flip_axes = (0,)) costs as well: 0.854 instead of 0.868 after 400 steps.
+    config.augment.flip = False
     config.augment.quarter_turns = False
     config.augment.rotate = 15.0
     config.augment.scale = 0.15
@@ -37,11 +39,13 @@ def get_config() -> ConfigDict:
     config.augment.brightness = 0.2
     config.augment.noise = 0.1
 
-    config.train.steps = 600
+    config.train.steps = 900
     config.train.ema = 0.99
     config.train.batch_size = 4
     config.train.crop = (32, 48, 32)
     config.train.log_every = 20
-    config.train.eval_every = 100
+    config.train.eval_every = 150
+    config.train.save_every = 150
+    config.train.patience = 2
     config.train.eval_batch_size = 2
     return config

@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     config.train.crop = (252, 252)  # gives 68 x 68
     config.train.batch_size = 4
     config.optim.learning_rate = 1e-3
-    config.train.steps = 120
-    config.train.eval_every = 60
+    config.train.steps = 100
+    config.train.eval_every = 50
     return config

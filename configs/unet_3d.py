@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     config.train.crop = (32, 32, 32)
     config.train.batch_size = 4
     config.train.eval_batch_size = 4
-    config.train.steps = 120
-    config.train.eval_every = 60
+    config.train.steps = 100
+    config.train.eval_every = 50
     return config

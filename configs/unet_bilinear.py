@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
     config.model.name = "unet_bilinear"
     config.model.features = (16, 32, 64, 128, 128)
     config.model.decoder_features = (16, 16, 32, 64)
-    config.train.steps = 120
-    config.train.eval_every = 60
+    config.train.steps = 100
+    config.train.eval_every = 50
     return config

@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.model.name = "unet_shallow"
     config.model.features = None  # the net's own
-    config.train.steps = 120
-    config.train.eval_every = 60
+    config.train.steps = 100
+    config.train.eval_every = 50
     return config

@@ -18,6 +18,6 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.model.name = "unetpp"
     config.model.features = (16, 32, 64, 128)
-    config.train.steps = 120
-    config.train.eval_every = 60
+    config.train.steps = 100
+    config.train.eval_every = 50
     return config

@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
     config.model.name = "unetpp_2018"
     config.model.features = (16, 32, 64, 128, 256)
     config.optim.learning_rate = 1e-3
-    config.train.steps = 120
-    config.train.eval_every = 60
+    config.train.steps = 100
+    config.train.eval_every = 50
     return config
