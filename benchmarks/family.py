@@ -193,31 +193,27 @@ def train(
         watch: Called with the state, which it must not keep.
 
     Returns:
-        The last state, and ``steps`` done, ``seconds`` they took, ``step_ms`` of the
-        median step and the last ``loss``.
+        The last state, and ``steps`` done, ``seconds`` they took and the last ``loss``.
     """
     state, total = run.init(), run.config["train"]["steps"]
     batches = sharding.prefetch(run.train_batches(0), run.mesh)
     batch = next(batches)
     step_fn = run.train_step.lower(state, batch).compile()
-    times: list[float] = []
-    loss, spent, shown = float("nan"), 0.0, 0.0
-    while len(times) < total and not (seconds and spent >= seconds):
+    taken, loss, spent, shown = 0, float("nan"), 0.0, 0.0
+    while taken < total and not (seconds and spent >= seconds):
         begin = time.perf_counter()
         state, stats = step_fn(state, batch)
-        jax.block_until_ready(state)
-        times.append(time.perf_counter() - begin)
         batch = next(batches)
+        loss = float(stats["loss"] / stats["count"])  # waits for the step
         spent += time.perf_counter() - begin
-        loss = float(stats["loss"] / stats["count"])
-        if len(times) == early:
+        taken += 1
+        if taken == early:
             watch(state)
         if spent > shown + 20:
             shown = spent
-            left = spent / len(times) * (total - len(times))
-            say(f"  step {len(times)}/{total}: loss {loss:.4f}, {left:.0f} s left")
-    step_ms = 1000 * float(np.median(times))
-    done = {"steps": len(times), "seconds": spent, "step_ms": step_ms, "loss": loss}
+            left = spent / taken * (total - taken)
+            say(f"  step {taken}/{total}: loss {loss:.4f}, {left:.0f} s left")
+    done = {"steps": taken, "seconds": spent, "loss": loss}
     return state, done
 
 
@@ -225,45 +221,30 @@ def train(
 
 
 class Recorder:
-    """An evaluation step that keeps what it predicted, and how long it took.
+    """An evaluation step that keeps what it predicted.
 
     Attributes:
         predictions: Each example's ``i32[*S]``, padded as in its batch.
-        seconds: Of each batch, by the shape of its images; the first of a shape, which
-            compiles, is left out.
     """
 
     def __init__(self, step: Any) -> None:
         self.step = step
         self.predictions: dict[int, NumpyArray] = {}
-        self.seconds: dict[tuple[int, ...], list[float]] = {}
 
     def __call__(self, variables: PyTree, batch: Any) -> Mapping[str, Array]:
-        begin = time.perf_counter()
-        out = jax.block_until_ready(self.step(variables, batch))
-        spent = time.perf_counter() - begin
-        shape = batch["image"].shape
-        if shape in self.seconds:
-            self.seconds[shape].append(spent)
-        self.seconds.setdefault(shape, [])
+        out = self.step(variables, batch)
         for i, prediction in zip(
             np.asarray(batch["index"]), np.asarray(out["prediction"]), strict=True
         ):
             self.predictions[int(i)] = prediction
         return out
 
-    def milliseconds(self) -> float | None:
-        """Of the median batch an image, of the shape that most batches have."""
-        shape, times = max(self.seconds.items(), key=lambda item: len(item[1]))
-        return 1000 * float(np.median(times)) / shape[0] if times else None
-
 
 def assess(run: Run, state: TrainState) -> dict[str, Any]:
     """Evaluates a run of two classes, background and another, at full resolution.
 
     Returns:
-        ``scores``, each a list with one entry an image; ``pooled_dice``; and
-        ``evaluation_ms``, the time of the evaluation step for one image.
+        ``scores``, each a list with one entry an image; and ``pooled_dice``.
     """
     recorder = Recorder(run.eval_step)
     found = dataclasses.replace(run, eval_step=recorder).evaluate(state)
@@ -288,7 +269,6 @@ def assess(run: Run, state: TrainState) -> dict[str, Any]:
     return {
         "scores": scores,
         "pooled_dice": found.results["dice"],
-        "evaluation_ms": recorder.milliseconds(),
     }
 
 
@@ -582,11 +562,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _milliseconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
-
-
-def _row(title: str, record: Mapping[str, Any], widths: str, step: str) -> list[str]:
+def _row(title: str, record: Mapping[str, Any], widths: str) -> list[str]:
     scores = (
         _cell(interval(record["scores"][key]), score.digits)
         for key, score in SCORES.items()
@@ -597,25 +573,23 @@ def _row(title: str, record: Mapping[str, Any], widths: str, step: str) -> list[
         f"{record['parameters']:,}",
         f"{record['flops'] / 1e9:.2f} G",
         *scores,
-        step,
-        _milliseconds(record["evaluation_ms"]),
     ]
 
 
 def main_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     """All nets, and UNet++ cut off at each of its levels."""
     titles = [score.title for score in SCORES.values()]
-    head = ["net", "widths", "parameters", "FLOPs", *titles, "step ms", "image ms"]
+    head = ["net", "widths", "parameters", "FLOPs", *titles]
     rows = [head]
     for name, record in records.items():
         title, total = NETS[name].title, record["settings"]["steps"]
         if record["steps"] < total:
             title += f" (stopped at step {record['steps']} of {total})"
         widths = "-".join(map(str, record["features"]))
-        rows.append(_row(title, record, widths, _milliseconds(record["step_ms"])))
+        rows.append(_row(title, record, widths))
         for level, cut in record.get("levels", {}).items():
             widths = "-".join(map(str, record["features"][: int(level) + 1]))
-            rows.append(_row(f"UNet++, cut off at L{level}", cut, widths, ""))
+            rows.append(_row(f"UNet++, cut off at L{level}", cut, widths))
     return markdown(rows)
 
 
@@ -760,13 +734,13 @@ schedule, loss and augmentation of the data's config. The {len(some)} trainings 
 Means over the held-out images, at full resolution, with 95 % bootstrap intervals over
 images. Hausdorff 95 is in pixels, less is better; the surface Dice lets an outline be
 {TOLERANCE:g} pixel off. FLOPs: one forward pass of {size_text(FLOPS_SIZE)}, a
-multiply-add counted as 2. "step ms" is the median training step of a whole batch,
-"image ms" the evaluation step (net, loss and counts) of one image of the size that most
-have. A net differs from the U-Net in what its name says and in nothing else; the wide
-U-Net has the width that brings its parameters nearest to those of UNet++. "Cut off at
-L" is the deeply supervised UNet++ after training, with the same variables, running no
-more than that level needs and answering with that level's head; the row above it is the
-mean of all heads.
+multiply-add counted as 2. A net differs from the U-Net in what its name says and in
+nothing else; the wide U-Net has the width that brings its parameters nearest to those
+of UNet++. "Cut off at L" is the deeply supervised UNet++ after training, with the same
+variables, running no more than that level needs and answering with that level's head;
+the row above it is the mean of all heads. (No times here: nets are trained one after
+the other, and a machine is not equally busy all the while. `unet-jax prune` times its
+levels in turns.)
 
 {main_table(records)}
 

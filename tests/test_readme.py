@@ -3,6 +3,11 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+from unet_jax import models
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -28,6 +33,20 @@ def test_what_it_links_to_exists():
         assert (ROOT / link).exists(), link
 
 
-def test_every_config_is_in_it():
+def test_every_config_is_in_it_or_among_the_named_nets():
+    nets = (ROOT / "docs" / "nets.md").read_text()
     for path in (ROOT / "configs").glob("*.py"):
-        assert f"configs/{path.name}" in README
+        text = nets if path.stem in models.MODELS else README
+        assert f"configs/{path.name}" in text
+
+
+def test_the_parameters_among_the_named_nets_are_right():
+    table = (ROOT / "docs" / "nets.md").read_text().replace(",", "")
+    for name in set(models.MODELS) - {"unet"}:
+        (row,) = [line for line in table.splitlines() if f"| [{name}](" in line]
+        model = models.build(name, num_classes=2)
+        size = (132, 132, 116) if name == "unet_3d" else (572, 572)
+        image = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
+        variables = jax.eval_shape(model.init, jax.random.key(0), image)
+        count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        assert f" {count} " in row, name
