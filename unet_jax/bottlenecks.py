@@ -72,7 +72,11 @@ class TransformerLayer(nn.Module):
             for name in ("query", "key", "value")
         )
         query, key = rotate(query, self.size), rotate(key, self.size)
-        y = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        # In float32: jax's own gradient mixes bfloat16 with it, which strict dtype
+        # promotion refuses, and the coarsest level is small.
+        query, key, value = map(at_least_float32, (query, key, value))
+        y = jax.nn.dot_product_attention(query, key, value)
+        y = y.reshape(x.shape).astype(x.dtype)
         x = x + dense("out", channels, y)
         y = nn.gelu(dense("widen", 4 * channels, norm("norm1", x)))
         return x + dense("narrow", channels, y)

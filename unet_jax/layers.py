@@ -240,8 +240,9 @@ def convolve(
         )
         return y.reshape(x.shape[0], depth, *y.shape[1:])
 
-    # A map without channels or pixels has nothing to fold.
-    if not x.size:
+    # A map without channels, or smaller than the kernel, has nothing to fold.
+    before, after = (0, 0) if padding == "VALID" else padding[0]
+    if not x.size or x.shape[1] + before + after < kernel.shape[0]:
         return plain(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=folded, default=plain)
 

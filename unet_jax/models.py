@@ -328,6 +328,8 @@ def check(model: UNet) -> None:
     _check_sizes(model)
     _check_depth(model, nested=_class(decoder).nested)
     widths = [n for n in (*model.features, *(model.decoder_features or ())) if n]
+    if model.norm_groups < 1:
+        raise _refuse("norm_groups", model.norm_groups, "must be 1 or more: use 8.")
     if model.norm == "group" and any(n % model.norm_groups for n in widths):
         raise InputError(
             f"model.norm_groups = {model.norm_groups} does not divide each of"

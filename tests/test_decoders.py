@@ -1,0 +1,329 @@
+"""Going up and the decoders: against jax.image, by hand, and one against the other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unet_jax import decoders, layers, models, resample
+
+
+def _filled(model, x, rng):
+    """Random variables, float32, variances of 1: faster than compiling `init`."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            jnp.ones(leaf.shape, leaf.dtype)
+            if path[-1].key == "var"
+            else jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
+        ),
+        shapes,
+    )
+
+
+# --- Up ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [(3, 2), (1, 3), (4, 1), (3, 1, 2)])
+@pytest.mark.parametrize("method", ["linear", "nearest"])
+def test_interpolation_by_any_factor_is_that_of_jax_image(rng, method, stride):
+    size = (3, 4, 2)[: len(stride)]
+    x = jnp.asarray(rng.standard_normal((2, *size, 3)), jnp.float32)
+    shape = (2, *(n * s for n, s in zip(size, stride, strict=True)), 3)
+    expected = jax.image.resize(x, shape, method)
+    ours = getattr(resample, method)(x, stride)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [(3, 2), (1, 3), (3, 1, 2)])
+def test_aligned_interpolation_by_any_factor_keeps_the_corners(rng, stride):
+    size = (3, 4, 2)[: len(stride)]
+    x = rng.standard_normal((1, *size, 2))
+    expected = x
+    for axis, (n, s) in enumerate(zip(size, stride, strict=True), start=1):
+        at = np.linspace(0, n - 1, n * s)
+        expected = np.apply_along_axis(
+            lambda row, at=at: np.interp(at, np.arange(len(row)), row), axis, expected
+        )
+    ours = resample.linear_aligned(jnp.asarray(x, jnp.float32), stride)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    corners = np.ix_([0], *((0, -1) for _ in stride), [0, 1])
+    np.testing.assert_allclose(ours[corners], x[corners], atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (1, 3), (2, 1, 3)])
+def test_interleaving_puts_each_tap_in_its_place(rng, stride):
+    size = (2, 3, 2)[: len(stride)]
+    x = rng.standard_normal((2, *size, *stride, 4))
+    y = resample.depth_to_space(jnp.asarray(x, jnp.float32), stride)
+    expected = np.empty((2, *(n * s for n, s in zip(size, stride, strict=True)), 4))
+    for tap in np.ndindex(*stride):
+        index = tuple(slice(t, None, s) for t, s in zip(tap, stride, strict=True))
+        expected[(slice(None), *index)] = x[(..., *tap, slice(None))]
+    np.testing.assert_array_equal(y, expected.astype(np.float32))
+
+
+def _up(name, stride, kernel, padding="same", norm="none"):
+    """An up-sampling as a net makes it."""
+    model = models.UNet(
+        num_classes=1,
+        features=(4, 6),
+        up=name,
+        padding=padding,
+        norm=norm,
+        kernels=(kernel, kernel),
+        strides=(stride,),
+    )
+    return models._parts(model, len(stride), train=False).decoder(parent=None).ups[0]
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (1, 3)])
+@pytest.mark.parametrize("padding", ["same", "valid", "reflect"])
+def test_pixel_shuffle_interleaves_a_convolution(rng, stride, padding):
+    x = jnp.asarray(rng.standard_normal((2, 4, 5, 3)), jnp.float32)
+    module = _up("pixel_shuffle", stride, (3, 1), padding)(features=4)
+    variables = _filled(module, x, rng)
+    p = variables["params"]["conv"]
+    taps = int(np.prod(stride))
+    assert p["kernel"].shape == (3, 1, 3, taps * 4)
+    wide = {"same": ((0, 0), (1, 1), (0, 0), (0, 0)), "valid": ()}.get(padding)
+    if padding == "reflect":
+        given = layers.mirror(x, ((1, 1), (0, 0)))
+    else:
+        given = jnp.pad(x, wide) if wide else x
+    spec = ("NHWC", "HWIO", "NHWC")
+    z = jax.lax.conv_general_dilated(
+        given, p["kernel"], (1, 1), "VALID", dimension_numbers=spec, precision="highest"
+    )
+    z = np.asarray(z + p["bias"].reshape(1, 1, 1, -1))
+    # Channel (i * stride + j) * features + f goes to pixel (y * stride + i, ...).
+    expected = np.empty((2, z.shape[1] * stride[0], z.shape[2] * stride[1], 4))
+    for i, j in np.ndindex(*stride):
+        first = (i * stride[1] + j) * 4
+        expected[:, i :: stride[0], j :: stride[1]] = z[..., first : first + 4]
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(resample.UPS))
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_every_way_up_multiplies_the_size_and_loses_its_taps(name, padding):
+    stride, kernel, size = (1, 2, 3), (1, 3, 5), (5, 6, 7)
+    module = _up(name, stride, kernel, padding)(features=4)
+    x = jax.ShapeDtypeStruct((2, *size, 6), jnp.float32)
+    y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    learnt = name in ("transpose", "nearest_conv", "pixel_shuffle")
+    assert y.shape[-1] == (4 if learnt else 6) and bool(variables) is learnt
+    for axis in range(3):
+        before, after = module.clone(parent=None).taps(axis)
+        lost = [
+            sum(k - 1 for k in taps) * (padding == "valid") for taps in (before, after)
+        ]
+        expected = (size[axis] - lost[0]) * stride[axis] - lost[1]
+        assert y.shape[1 + axis] == expected
+
+
+def test_a_convolution_after_nearest_is_normalised_and_activated(rng):
+    x = jnp.asarray(rng.standard_normal((1, 3, 4, 6)), jnp.float32)
+    module = _up("nearest_conv", (2, 2), (3, 3), norm="batch")(features=4)
+    variables = _filled(module, x, rng)
+    assert set(variables["params"]) == {"conv0", "norm0"}
+    large = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    z = jax.lax.conv_general_dilated(
+        large,
+        variables["params"]["conv0"]["kernel"],
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
+    p, stats = (
+        jax.tree.map(np.asarray, variables[kind]["norm0"])
+        for kind in ("params", "batch_stats")
+    )
+    z = (np.asarray(z, np.float64) - stats["mean"]) / np.sqrt(1 + 1e-5)
+    expected = np.maximum(z * p["scale"] + p["bias"], 0.0)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, atol=1e-4)
+
+
+# --- Fitting -------------------------------------------------------------------------
+
+
+def test_valid_crops_the_skips_and_otherwise_the_upsampled_map_is_fitted():
+    rows = jnp.arange(7.0)
+    skip = rows.reshape(1, 7, 1, 1)
+    small, large = skip[:, :3], jnp.arange(8.0).reshape(1, 8, 1, 1)
+    (kept,), up = decoders.fit((skip,), small, "valid")
+    np.testing.assert_array_equal(kept.ravel(), rows[2:5])
+    np.testing.assert_array_equal(up.ravel(), small.ravel())
+    for padding in ("same", "reflect"):
+        (kept,), up = decoders.fit((skip,), small, padding)
+        np.testing.assert_array_equal(kept.ravel(), rows)
+        np.testing.assert_array_equal(up.ravel(), [0, 0, 0, 1, 2, 0, 0])
+        _, up = decoders.fit((skip,), large, padding)
+        np.testing.assert_array_equal(up.ravel(), np.arange(7.0))
+
+
+# --- The decoders as called ----------------------------------------------------------
+
+
+class _Named:
+    """Stands in for a part: writes down what it was called with."""
+
+    def __init__(self, seen, kind, row):
+        self.seen, self.kind, self.row = seen, kind, row
+
+    def __call__(self, name, features=None):
+        def call(*given):
+            shapes = jax.tree.map(jnp.shape, given)
+            self.seen.append((name, features, shapes))
+            if self.kind == "up":
+                size = tuple(2 * n for n in given[0].shape[1:-1])
+                return jnp.zeros((1, *size, features))
+            if self.kind == "merge":
+                return jnp.concatenate([*given[0], given[1]], -1), ()
+            return jnp.zeros((*given[0].shape[:-1], features))
+
+        return call
+
+
+def _decode(kind, pyramid, **options):
+    """A decoder over maps of zeros with parts that do nothing; and their calls."""
+    seen = []
+    depth = len(pyramid) - 1
+    parts = {
+        f"{part}s": tuple(_Named(seen, part, row) for row in range(depth + 1))
+        for part in ("block", "up", "merge")
+    }
+    module = decoders.DECODERS[kind](**parts, **options)
+    maps = tuple(jnp.zeros((1, n, f)) for n, f in pyramid)
+    return module.apply({}, maps), {name: call for name, *call in seen}
+
+
+PYRAMID = [(9, 2), (4, 3), (2, 5), (1, 7)]  # size and channels of each level
+
+
+@pytest.mark.parametrize("up_features", ["level", "input"])
+def test_a_unet_decodes_from_the_coarsest_level_up(up_features):
+    out, seen = _decode("unet", PYRAMID, features=(20, 30, 50), up_features=up_features)
+    steps = [f"{part}{i}" for i in (2, 1, 0) for part in ("up", "merge", "level")]
+    assert list(seen) == steps
+    given = {"up2": 7, "up1": 50, "up0": 30}
+    for name, channels in given.items():
+        level = int(name[-1])
+        wide = channels if up_features == "input" else (20, 30, 50)[level]
+        assert seen[name][0] == wide and seen[name][1][0][-1] == channels
+        skips, up, coarse = seen[f"merge{level}"][1]
+        n, f = PYRAMID[level]
+        assert (skips, up) == (((1, n, f),), (1, n, wide))
+        assert coarse[-1] == channels
+        assert seen[f"level{level}"][0] == (20, 30, 50)[level]
+    assert [x.shape for x in out.aux["decoder"]] == [(1, 9, 20), (1, 4, 30), (1, 2, 50)]
+    assert set(out.outputs) == {3} and set(out.aux) == {"decoder"}
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_the_nodes_of_unetpp_see_all_earlier_ones_of_their_row(supervised):
+    out, seen = _decode("unetpp", PYRAMID, features=(20, 30, 50), supervised=supervised)
+    nodes = [(i, j) for j in (1, 2, 3) for i in range(4 - j)]
+    parts = ("up", "merge", "node")
+    assert list(seen) == [f"{part}{i}_{j}" for i, j in nodes for part in parts]
+    # Every node has its row's channels, the last one the decoder's.
+    encoder = [f for _, f in PYRAMID]
+    width = {(i, 0): encoder[i] for i in range(4)}
+    width |= {(i, j): (20, 30, 50)[i] if i + j == 3 else encoder[i] for i, j in nodes}
+    for i, j in nodes:
+        features, (given,) = seen[f"node{i}_{j}"]
+        assert features == width[i, j]
+        skips, up, coarse = seen[f"merge{i}_{j}"][1]
+        assert [x[-1] for x in skips] == [width[i, k] for k in range(j)]
+        assert up[-1] == width[i, j] and coarse[-1] == width[i + 1, j - 1]
+        assert given[-1] == sum(width[i, k] for k in range(j)) + width[i, j]
+    grid = [[x.shape for x in row] for row in out.aux["grid"]]
+    assert grid == [
+        [(1, PYRAMID[i][0], width[i, j]) for j in range(4 - i)] for i in range(4)
+    ]
+    assert list(out.outputs) == ([1, 2, 3] if supervised else [3])
+    for j, x in out.outputs.items():
+        assert x is out.aux["grid"][0][j]
+
+
+def test_without_features_of_full_size_a_node_is_there_for_its_head_alone():
+    pyramid = [(9, 0), *PYRAMID[1:]]
+    out, seen = _decode("unetpp", pyramid, features=(20, 30, 50))
+    assert "node0_1" not in seen and "up0_2" not in seen
+    assert [x.shape[-1] for x in out.aux["grid"][0]] == [0, 0, 0, 20]
+    assert seen["node0_3"] == [20, ((1, 9, 20),)]
+    out, seen = _decode("unetpp", pyramid, features=(20, 30, 50), supervised=True)
+    assert [x.shape[-1] for x in out.aux["grid"][0]] == [0, 20, 20, 20]
+    assert seen["node0_3"] == [20, ((1, 9, 60),)]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_smaller_pyramid_runs_fewer_nodes_of_the_same_width(level):
+    options = {"features": (20, 30, 50), "supervised": True}
+    _, whole = _decode("unetpp", PYRAMID, **options)
+    out, seen = _decode("unetpp", PYRAMID[: level + 1], **options)
+    inside = {
+        f"{part}{i}_{j}"
+        for part in ("up", "merge", "node")
+        for j in range(1, level + 1)
+        for i in range(level + 1 - j)
+    }
+    assert seen == {name: whole[name] for name in inside}
+    assert list(out.outputs) == list(range(1, level + 1))
+
+
+# --- One against the other -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("padding", "up", "merge", "size"),
+    [
+        ("same", "transpose", "concat", (7, 6)),
+        ("valid", "pixel_shuffle", "concat_up_first", (22, 24)),
+        ("reflect", "nearest_conv", "sum", (4, 5)),
+        ("same", "bilinear", "gated_full", (3, 4, 5)),
+    ],
+)
+def test_a_grid_of_depth_one_is_a_unet(rng, padding, up, merge, size):
+    fields = {"padding": padding, "up": up, "merge": merge, "features": (4, 6)}
+    unet = models.UNet(num_classes=2, **fields)
+    nested = models.UNet(num_classes=2, decoder="unetpp", **fields)
+    x = jnp.asarray(rng.standard_normal((1, *size, 1)), jnp.float32)
+    variables = _filled(unet, x, rng)
+    names = {"up0": "up0_1", "merge0": "merge0_1", "level0": "node0_1"}
+
+    def renamed(tree):
+        decoder = {names[name]: value for name, value in tree["decoder"].items()}
+        return {**tree, "decoder": decoder}
+
+    others = {kind: renamed(tree) for kind, tree in variables.items()}
+    shapes = jax.eval_shape(nested.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, others)
+    logits, aux = jax.jit(unet.apply)(variables, x)
+    also, grid = jax.jit(nested.apply)(others, x)
+    np.testing.assert_array_equal(logits, also)
+    np.testing.assert_array_equal(aux["decoder"][0], grid["grid"][0][1])
+    assert np.ptp(np.asarray(logits)) > 0.1
+
+
+def test_gates_are_told_by_level_and_column():
+    model = models.UNet(num_classes=1, features=(2, 3, 4, 5), merge="gated")
+    x = jax.ShapeDtypeStruct((2, 9, 6, 1), jnp.float32)
+
+    def gates(model):
+        run = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+        return jax.tree.map(jnp.shape, run[0][1]["gates"])
+
+    # The grid form leaves level 0 alone; a gate has the size of its skip.
+    assert gates(model) == ((), ((2, 4, 3, 1),), ((2, 2, 1, 1),))
+    nested = gates(model.clone(decoder="unetpp"))
+    assert nested[0] == ((),) * 4 and nested[3] == ((),)
+    for row, size in ((1, (2, 4, 3, 1)), (2, (2, 2, 1, 1))):
+        assert nested[row] == tuple((size,) * column for column in range(4 - row))
+    full = gates(model.clone(merge="gated_full"))
+    assert full == (((2, 9, 6, 1),), ((2, 4, 3, 1),), ((2, 2, 1, 1),))
+    plain = jax.eval_shape(
+        model.clone(merge="concat").init_with_output, jax.random.key(0), x
+    )
+    assert "gates" not in plain[0][1]
