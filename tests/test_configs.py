@@ -137,7 +137,7 @@ def test_config_trains_one_step_and_evaluates(name, tmp_path):
         config.data.root = str(root)
     fields = train.chosen(config)["model"]
     model = models.build(num_classes=2, **fields)
-    config.model.features = tuple(4 * (n > 0) for n in model.features)
+    config.model.features = tuple(8 * (n > 0) for n in model.features)
     # The smallest crop: one pixel at the coarsest level, or what valid padding allows.
     axes = models.axes(model, len(config.train.crop))
     config.train.crop = tuple(max(a.nearest_sizes(a.step)[1], 16) for a in axes)
