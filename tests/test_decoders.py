@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from unet_jax import decoders, layers, models, resample
+from unet_jax.types import InputError
 
 
 def _filled(model, x, rng):
@@ -108,10 +109,14 @@ def test_pixel_shuffle_interleaves_a_convolution(rng, stride, padding):
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_every_way_up_multiplies_the_size_and_loses_its_taps(name, padding):
     stride, kernel, size = (1, 2, 3), (1, 3, 5), (5, 6, 7)
+    if padding == "valid" and name.startswith("transpose_wide"):
+        with pytest.raises(InputError, match="pads by itself"):
+            models.build("unet", num_classes=1, up=name, padding=padding)
+        return
     module = _up(name, stride, kernel, padding)(features=4)
     x = jax.ShapeDtypeStruct((2, *size, 6), jnp.float32)
     y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
-    learnt = name in ("transpose", "nearest_conv", "pixel_shuffle")
+    learnt = name not in ("bilinear", "bilinear_aligned", "nearest")
     assert y.shape[-1] == (4 if learnt else 6) and bool(variables) is learnt
     for axis in range(3):
         before, after = module.clone(parent=None).taps(axis)
@@ -119,6 +124,7 @@ def test_every_way_up_multiplies_the_size_and_loses_its_taps(name, padding):
             sum(k - 1 for k in taps) * (padding == "valid") for taps in (before, after)
         ]
         expected = (size[axis] - lost[0]) * stride[axis] - lost[1]
+        expected -= (stride[axis] - 1) * (name == "transpose_wide_short")
         assert y.shape[1 + axis] == expected
 
 
@@ -148,19 +154,26 @@ def test_a_convolution_after_nearest_is_normalised_and_activated(rng):
 # --- Fitting -------------------------------------------------------------------------
 
 
-def test_valid_crops_the_skips_and_otherwise_the_upsampled_map_is_fitted():
+def test_a_skip_and_an_upsampled_map_of_another_size_become_one_size():
     rows = jnp.arange(7.0)
     skip = rows.reshape(1, 7, 1, 1)
     small, large = skip[:, :3], jnp.arange(8.0).reshape(1, 8, 1, 1)
-    (kept,), up = decoders.fit((skip,), small, "valid")
-    np.testing.assert_array_equal(kept.ravel(), rows[2:5])
-    np.testing.assert_array_equal(up.ravel(), small.ravel())
-    for padding in ("same", "reflect"):
-        (kept,), up = decoders.fit((skip,), small, padding)
+    for how, begin in (("crop", 2), ("crop_before", 1)):
+        (kept,), up = decoders.fit((skip,), small, how)
+        np.testing.assert_array_equal(kept.ravel(), rows[begin : begin + 3])
+        np.testing.assert_array_equal(up.ravel(), small.ravel())
+    filled = {
+        "zeros": [0, 0, 0, 1, 2, 0, 0],
+        "edge": [0, 1, 2, 2, 2, 2, 2],
+        "resize": [0, 0, 0, 1, 1, 2, 2],  # floor(3 i / 7)
+    }
+    for how, expected in filled.items():
+        (kept,), up = decoders.fit((skip,), small, how)
         np.testing.assert_array_equal(kept.ravel(), rows)
-        np.testing.assert_array_equal(up.ravel(), [0, 0, 0, 1, 2, 0, 0])
-        _, up = decoders.fit((skip,), large, padding)
-        np.testing.assert_array_equal(up.ravel(), np.arange(7.0))
+        np.testing.assert_array_equal(up.ravel(), expected)
+        _, up = decoders.fit((skip,), large, how)
+        assert up.shape == skip.shape
+    assert set(decoders.FITS) == {"crop", "crop_before", *filled}
 
 
 # --- The decoders as called ----------------------------------------------------------
@@ -174,6 +187,8 @@ class _Named:
 
     def __call__(self, name, features=None):
         def call(*given):
+            if self.kind == "up":
+                given = given[:1]
             shapes = jax.tree.map(jnp.shape, given)
             self.seen.append((name, features, shapes))
             if self.kind == "up":
@@ -218,10 +233,10 @@ def test_a_unet_decodes_from_the_coarsest_level_up(up_features):
         assert coarse[-1] == channels
         assert seen[f"level{level}"][0] == (20, 30, 50)[level]
     assert [x.shape for x in out.aux["decoder"]] == [(1, 9, 20), (1, 4, 30), (1, 2, 50)]
-    assert set(out.outputs) == {3} and set(out.aux) == {"decoder"}
+    assert set(out.outputs) == {0} and set(out.aux) == {"decoder"}
 
 
-@pytest.mark.parametrize("supervised", [False, True])
+@pytest.mark.parametrize("supervised", [1, 3])
 def test_the_nodes_of_unetpp_see_all_earlier_ones_of_their_row(supervised):
     out, seen = _decode("unetpp", PYRAMID, features=(20, 30, 50), supervised=supervised)
     nodes = [(i, j) for j in (1, 2, 3) for i in range(4 - j)]
@@ -242,7 +257,7 @@ def test_the_nodes_of_unetpp_see_all_earlier_ones_of_their_row(supervised):
     assert grid == [
         [(1, PYRAMID[i][0], width[i, j]) for j in range(4 - i)] for i in range(4)
     ]
-    assert list(out.outputs) == ([1, 2, 3] if supervised else [3])
+    assert list(out.outputs) == ([1, 2, 3] if supervised > 1 else [3])
     for j, x in out.outputs.items():
         assert x is out.aux["grid"][0][j]
 
@@ -253,14 +268,14 @@ def test_without_features_of_full_size_a_node_is_there_for_its_head_alone():
     assert "node0_1" not in seen and "up0_2" not in seen
     assert [x.shape[-1] for x in out.aux["grid"][0]] == [0, 0, 0, 20]
     assert seen["node0_3"] == [20, ((1, 9, 20),)]
-    out, seen = _decode("unetpp", pyramid, features=(20, 30, 50), supervised=True)
+    out, seen = _decode("unetpp", pyramid, features=(20, 30, 50), supervised=3)
     assert [x.shape[-1] for x in out.aux["grid"][0]] == [0, 20, 20, 20]
     assert seen["node0_3"] == [20, ((1, 9, 60),)]
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_smaller_pyramid_runs_fewer_nodes_of_the_same_width(level):
-    options = {"features": (20, 30, 50), "supervised": True}
+    options = {"features": (20, 30, 50), "supervised": 3}
     _, whole = _decode("unetpp", PYRAMID, **options)
     out, seen = _decode("unetpp", PYRAMID[: level + 1], **options)
     inside = {

@@ -116,11 +116,16 @@ SIZES = {2: ((6, 7), (5, 1)), 3: ((1, 5, 4),)}
 
 
 LEARNT = ("transpose", "nearest_conv", "pixel_shuffle")
+# Parts that few nets have: with the plain U-Net only.
+AS_PYTORCH = ("transpose_wide", "transpose_wide_unit", "transpose_wide_short")
+AS_PYTORCH += ("bilinear_dense", "dense_bilinear_aligned", "pixel_shuffle_blurred")
 
 
 def _table(name, rank):
     """(net, size): each padding with every way up, where it makes a difference."""
     for up in resample.UPS:
+        if name != "unet" and up in AS_PYTORCH:
+            continue
         model = _small(name, up=up)
         for size in SIZES[rank] if up == "transpose" else SIZES[rank][:1]:
             valid = model.padding == "valid"
@@ -129,6 +134,8 @@ def _table(name, rank):
             continue
         if up in LEARNT:  # the others see nothing beyond the border
             yield model.clone(padding="reflect"), SIZES[rank][0]
+        if up.startswith("transpose_wide"):  # pads by itself
+            continue
         valid = model.clone(padding="valid")
         if up != "transpose" and "gated" not in model.merge:  # one level less, faster
             few = valid.decoder_features and valid.decoder_features[:1]

@@ -183,7 +183,7 @@ def test_a_net_survives_json_and_says_what_it_does_not_know():
         ({"features": ()}, "two or more"),
         ({"features": (4,)}, "two or more"),
         ({"features": (16, "a")}, "whole numbers"),
-        ({"features": (4, 6), "norm": "group"}, "use 2"),
+        ({"features": (12, 20), "norm": "group"}, "use 4"),
         ({"dropout": 1.5}, "dropout"),
         ({"dtype": "bf16"}, "bfloat16"),
         ({"padding": "full"}, "same, valid"),

@@ -7,6 +7,7 @@ convolutions along an axis, in order, of which sizes and receptive fields are co
 (`unet_jax.geometry`). A new block is a class and its entry in the table.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
@@ -14,7 +15,16 @@ from typing import ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from unet_jax.layers import Factory, Kit, at_least_float32, crop
+from unet_jax.layers import (
+    Factory,
+    Kit,
+    act_factory,
+    align,
+    at_least_float32,
+    crop,
+    norm_factory,
+)
+from unet_jax.resample import average_pool
 from unet_jax.types import Array, Shape
 
 
@@ -27,11 +37,18 @@ class ConvBlock(nn.Module):
         kit: What to build with.
         stride: Of the first convolution; None for 1.
         first: Whether this is the net's first block; of no matter here.
-        convs: How many convolutions.
+        units: How many convolutions.
         mid: Channels between them. ``out``: as many as come out. ``half_out``: as in
             the 3-D U-Net, which doubles channels "already before max pooling"
             (1606.06650, section 2). ``half_in``: half of what comes in, for a decoder
-            whose up-sampling keeps the channels.
+            whose up-sampling keeps the channels. ``half_out_at_least_in``: as
+            ``half_out``, but never fewer than come in.
+        excite_input: Whether what comes in is re-weighed, too (the decoder of SMP).
+        skipless: Whether no skip comes in; then that gate is built, as it is in SMP,
+            and not used.
+        norm: Instead of the kit's, a name as for `unet_jax.layers.norm_factory`.
+        act: Instead of the kit's, a name as for `unet_jax.layers.act_factory`.
+        excite: Instead of the kit's, a name of `EXCITES`.
 
     Reference: Ronneberger et al. 2015, arXiv 1505.04597, section 2.
     """
@@ -41,30 +58,49 @@ class ConvBlock(nn.Module):
     kit: Kit
     stride: Shape | None = None
     first: bool = False
-    convs: int = 2
+    units: int = 2
     mid: str = "out"
+    excite_input: bool = False
+    skipless: bool = False
+    norm: str | None = None
+    act: str | None = None
+    excite: str | None = None
     fixed_order: ClassVar[str] = ""
 
     def taps(self, axis: int) -> tuple[int, ...]:
         """Kernel sizes along an axis, in order."""
-        return (self.kernel[axis],) * self.convs
+        return (self.kernel[axis],) * self.units
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        kit = self.kit
+        if self.norm is not None:  # `train` matters to batch norm only
+            norm = norm_factory(self.norm, train=False)
+            kit = dataclasses.replace(kit, norm=norm)
+        if self.act is not None:
+            kit = dataclasses.replace(kit, act=act_factory(self.act))
+        if self.excite is not None:
+            excite = excite_factory(EXCITES[self.excite], kit.dense)
+            kit = dataclasses.replace(kit, excite=excite)
+        if self.excite_input:
+            excited = kit.excite(name="excite_input")(x)
+            x = x if self.skipless else excited
+        half = max(self.features // 2, 1)
         widths = {
             "out": self.features,
-            "half_out": max(self.features // 2, 1),
+            "half_out": half,
+            "half_out_at_least_in": max(half, x.shape[-1]),
             "half_in": max(x.shape[-1] // 2, 1),
         }
-        for i in range(self.convs):
-            x = self.kit.unit(
+        for i in range(self.units):
+            x = kit.unit(
                 x,
                 str(i),
-                features=self.features if i == self.convs - 1 else widths[self.mid],
+                features=self.features if i == self.units - 1 else widths[self.mid],
                 kernel=self.kernel,
                 stride=self.stride if i == 0 else None,
             )
-        return self.kit.excite(name="excite")(x)
+        return kit.excite(name="excite")(x)
 
 
 def shortcut(x: Array, kit: Kit, features: int, stride: Shape | None) -> Array:
@@ -114,6 +150,162 @@ class ResidualBlock(nn.Module):
         if beside is not x:
             beside = self.kit.norm(name="shortcut_norm")(beside)
         return self.kit.act(name="act1")(crop(beside, y.shape[1:-1]) + y)
+
+
+class ProjectedResidualBlock(nn.Module):
+    """Two convolutions added to their input, then the activation.
+
+    Unlike `ResidualBlock`, the projection (a 1x1 convolution with bias, without norm,
+    where channels change) comes before everything, and what re-weighs channels comes
+    last. As in pytorch-3dunet; for same padding and without strides.
+
+    Attributes:
+        slope: For negative values after the sum, or None for the kit's activation.
+
+    Reference: Lee et al. 2017, arXiv 1706.00120, figure 1.
+    """
+
+    features: int
+    kernel: Shape
+    kit: Kit
+    stride: Shape | None = None
+    first: bool = False
+    slope: float | None = None
+    fixed_order: ClassVar[str] = ""
+
+    def taps(self, axis: int) -> tuple[int, ...]:
+        """Kernel sizes along an axis, in order."""
+        return (self.kernel[axis],) * 2
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kit, features = self.kit, self.features
+        unit = partial(kit.unit, features=features, kernel=self.kernel)
+        if x.shape[-1] != features:
+            x = kit.dense(features=features, use_bias=True, name="project")(x)
+        y = unit(x, "0")
+        y = unit(y, "1", order=kit.order.replace("a", ""))
+        act = kit.act
+        if self.slope is not None:
+            act = act_factory("leaky_relu", slope=self.slope)
+        y = act(name="act1")(crop(x, y.shape[1:-1]) + y)
+        return kit.excite(name="excite")(y)
+
+
+class ResidualUnits(nn.Module):
+    """Units of convolution, norm and activation, added to their input; nothing after.
+
+    The other way around is ``x`` itself, a 1x1 convolution where channels change, or
+    one with the block's kernel and stride. As in MONAI's ``UNet``.
+
+    Attributes:
+        units: How many; of none, ``x`` comes out.
+        bare: Whether the last one is the convolution alone, whose result are logits.
+
+    Reference: Kerfoot et al. 2019, doi 10.1007/978-3-030-12029-0_40, figure 1.
+    """
+
+    features: int
+    kernel: Shape
+    kit: Kit
+    stride: Shape | None = None
+    first: bool = False
+    units: int = 2
+    bare: bool = False
+    fixed_order: ClassVar[str] = ""
+
+    def taps(self, axis: int) -> tuple[int, ...]:
+        """Kernel sizes along an axis, in order."""
+        return (self.kernel[axis],) * self.units
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if not self.units:
+            return x
+        y = x
+        for i in range(self.units):
+            y = self.kit.unit(
+                y,
+                str(i),
+                features=self.features,
+                kernel=self.kernel,
+                stride=self.stride if i == 0 else None,
+                order="c" if self.bare and i == self.units - 1 else None,
+            )
+        if self.stride is not None and max(self.stride) > 1:
+            x = self.kit.conv(
+                features=self.features,
+                kernel=self.kernel,
+                stride=self.stride,
+                name="shortcut",
+            )(x)
+        else:
+            x = shortcut(x, self.kit, self.features, None)
+        return crop(x, y.shape[1:-1]) + y
+
+
+class PooledResidualBlock(nn.Module):
+    """`ResidualBlock` whose shortcut pools and projects separately (ResNet-D).
+
+    A stride of the shortcut is mean pooling; a 1x1 convolution without bias, with the
+    kit's norm, follows only where channels change.
+
+    Reference: He et al. 2018, arXiv 1812.01187, figure 2c; the encoder of nnU-Net
+    "ResEnc" (Isensee et al. 2024, arXiv 2404.09556).
+    """
+
+    features: int
+    kernel: Shape
+    kit: Kit
+    stride: Shape | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kit = self.kit
+        unit = partial(kit.unit, features=self.features, kernel=self.kernel)
+        y = unit(x, "0", stride=self.stride, order="cna")
+        y = unit(y, "1", order="cn")
+        if self.stride is not None and max(self.stride) > 1:
+            x = average_pool(x, self.stride)
+        x = align(x, y.shape[1:-1])
+        if x.shape[-1] != self.features:
+            project = kit.dense(features=self.features, use_bias=False, name="shortcut")
+            x = kit.norm(name="shortcut_norm")(project(x))
+        return kit.act(name="act1")(x + kit.excite(name="excite")(y))
+
+
+class ResidualStage(nn.Module):
+    """Several `PooledResidualBlock` after each other; the net's first has a stem.
+
+    Attributes:
+        units: How many.
+        first: Whether a convolution with norm and activation, the stem, comes first.
+    """
+
+    features: int
+    kernel: Shape
+    kit: Kit
+    stride: Shape | None = None
+    first: bool = False
+    units: int = 1
+    fixed_order: ClassVar[str] = "cna, then cn and a after the sum"
+
+    def taps(self, axis: int) -> tuple[int, ...]:
+        """Kernel sizes along an axis, in order."""
+        return (self.kernel[axis],) * (2 * self.units + self.first)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.first:
+            x = self.kit.unit(
+                x, "_stem", features=self.features, kernel=self.kernel, order="cna"
+            )
+        for i in range(self.units):
+            stride = self.stride if i == 0 else None
+            x = PooledResidualBlock(
+                self.features, self.kernel, self.kit, stride, name=f"unit{i}"
+            )(x)
+        return x
 
 
 class PreactivationBlock(nn.Module):
@@ -200,6 +392,16 @@ BLOCKS: dict[str, Factory] = {
     "plain": ConvBlock,
     "widening": partial(ConvBlock, mid="half_out"),
     "narrowing": partial(ConvBlock, mid="half_in"),
+    # As some PyTorch nets have them (docs/torch.md says which).
+    "widening_from": partial(ConvBlock, mid="half_out_at_least_in"),
+    "excited": partial(ConvBlock, excite_input=True, excite="scse"),
+    "single_instance_prelu": partial(
+        ConvBlock, units=1, norm="instance_plain", act="prelu"
+    ),
+    "residual_projected": ProjectedResidualBlock,
+    "residual_projected_leaky": partial(ProjectedResidualBlock, slope=0.1),
+    "residual_units": ResidualUnits,
+    "residual_stage": ResidualStage,
     "residual": ResidualBlock,
     "preactivation": PreactivationBlock,
     "recurrent": RecurrentBlock,
@@ -237,25 +439,33 @@ class SqueezeExcite(nn.Module):
 
 
 class SpatialChannelExcite(nn.Module):
-    """The sum of a channel gate (`SqueezeExcite`) and a gate for each pixel.
+    """A channel gate (`SqueezeExcite`) and a gate for each pixel, joined.
+
+    Attributes:
+        dense: Factory of 1x1 convolutions.
+        reduction: How many times fewer channels the channel gate has inside.
+        larger: Whether the larger of the two results counts, or their sum.
 
     Reference: Roy et al. 2018, arXiv 1803.02579 (scSE).
     """
 
     dense: Factory
     reduction: int = 16
+    larger: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = SqueezeExcite(self.dense, self.reduction, name="channel")(x)
         gate = self.dense(features=1, use_bias=True, name="spatial")(x)
-        return channels + x * nn.sigmoid(gate)
+        pixels = x * nn.sigmoid(gate)
+        return jnp.maximum(channels, pixels) if self.larger else channels + pixels
 
 
 EXCITES: dict[str, Callable[..., nn.Module] | None] = {
     "none": None,
     "se": SqueezeExcite,
     "scse": SpatialChannelExcite,
+    "scse_max": partial(SpatialChannelExcite, reduction=1, larger=True),
 }
 
 

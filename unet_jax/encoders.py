@@ -40,7 +40,8 @@ class PlainEncoder(nn.Module):
     The last entry of the pyramid is the bottleneck.
 
     Attributes:
-        features: Channels of each level, finest first.
+        features: Channels of each level, finest first. 0 for the first: the full size
+            has no features, and the net begins with the way down to the next.
         kit: Not read: the blocks have it.
         blocks: Factory of each level's block, called with ``features``, ``stride``,
             ``first`` and ``name``.
@@ -65,7 +66,8 @@ class PlainEncoder(nn.Module):
     def check(model: Any) -> None:
         """Refuses fields of a net that this encoder cannot have."""
         features = model.features
-        if len(features) < 2 or not all(isinstance(n, int) and n > 0 for n in features):
+        whole = all(isinstance(n, int) for n in features)
+        if len(features) < 2 or not whole or features[0] < 0 or min(features[1:]) < 1:
             raise InputError(
                 f"model.features = {features} must be two or more whole numbers above"
                 " 0, finest level first, such as (16,32,64,128)."
@@ -77,7 +79,7 @@ class PlainEncoder(nn.Module):
         return self.blocks[level](
             features=self.features[level],
             stride=self.strides[level - 1] if strided else None,
-            first=level == 0,
+            first=not any(self.features[:level]),
             **where,
         )
 
@@ -85,6 +87,9 @@ class PlainEncoder(nn.Module):
         """What each level does along an axis, in order."""
         levels = []
         for level in range(len(self.features)):
+            if not self.features[level]:
+                levels.append(())
+                continue
             block = self._block(level, parent=None)
             first, *others = block.taps(axis)
             steps = [Step(first, block.stride[axis] if block.stride else 1)]
@@ -100,6 +105,9 @@ class PlainEncoder(nn.Module):
         """``[B, *S, C]`` -> ``([B, *S, f0], [B, *(S/2), f1], ...)``."""
         pyramid = []
         for level in range(len(self.features)):
+            if not self.features[level]:
+                pyramid.append(x[..., :0])
+                continue
             if level and self.pool is not None:
                 x = self.pool(x, self.strides[level - 1])
             x = self._block(level, name=f"level{level}")(x)
@@ -243,4 +251,6 @@ ENCODERS: dict[str, Factory] = {
     "resnet18": partial(ResNetEncoder, counts=(2, 2, 2, 2)),
     "resnet34": ResNetEncoder,
     "resnet50": partial(ResNetEncoder, block=BottleneckBlock),
+    "resnet101": partial(ResNetEncoder, block=BottleneckBlock, counts=(3, 4, 23, 3)),
+    "resnet152": partial(ResNetEncoder, block=BottleneckBlock, counts=(3, 8, 36, 3)),
 }

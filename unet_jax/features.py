@@ -182,6 +182,7 @@ def feature_maps(
         aux = jax.tree.map(lambda x: x.astype(jnp.float32), aux)
         return given, logits, squash(logits), aux
 
+    models.check_joins(model)
     padded = mirror(pixels, pads, axis=0)
     try:
         out = jax.device_get(jax.jit(run)(predictor.variables, padded[None]))
@@ -212,7 +213,7 @@ def feature_maps(
     margin = models.margin(model, len(size))
     first = [m - before for m, (before, _) in zip(margin, pads, strict=True)]
     covered = tuple(slice(max(-f, 0), n - f) for n, f in zip(size, first, strict=True))
-    heads = aux.get("heads", ())
+    heads = aux.get("heads", ()) if model.nested else ()  # others are coarser
     smallest = logits.shape[:-1]  # deeper heads of a valid net answer for less
     logits, probability = logits[covered], probability[covered]
     array = np.asarray(image)

@@ -31,15 +31,18 @@ class Concat(nn.Module):
     Attributes:
         up_first: The up-sampled map before the skips. It changes nothing but the order
             in which a kernel's channels are stored.
+        newest_first: Likewise, the skips from the newest to the oldest.
     """
 
     level: int
     stride: Shape
     kit: Kit
     up_first: bool = False
+    newest_first: bool = False
 
     @nn.compact
     def __call__(self, skips: Skips, up: Array, coarse: Array) -> Merged:
+        skips = skips[::-1] if self.newest_first else skips
         maps = (up, *skips) if self.up_first else (*skips, up)
         return jnp.concatenate(maps, axis=-1), ()
 
@@ -177,6 +180,7 @@ class Gated(nn.Module):
 MERGES: dict[str, Factory] = {
     "concat": Concat,
     "concat_up_first": partial(Concat, up_first=True),
+    "concat_newest_first": partial(Concat, up_first=True, newest_first=True),
     "sum": Sum,
     "gated": partial(Gated, gate=GridGate, from_level=1),
     "gated_full": partial(Gated, gate=FullGate),

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from unet_jax.blocks import BLOCKS, EXCITES, excite_factory
 from unet_jax.bottlenecks import BOTTLENECKS
-from unet_jax.decoders import DECODERS
+from unet_jax.decoders import DECODERS, FITS
 from unet_jax.encoders import ENCODERS
 from unet_jax.geometry import Ascent, Axis
 from unet_jax.layers import (
@@ -39,7 +39,7 @@ from unet_jax.layers import (
     per_axis,
 )
 from unet_jax.merges import MERGES
-from unet_jax.resample import DOWNS, UPS, UpConv, nearest
+from unet_jax.resample import DOWNS, UPS, nearest, up_convolution
 from unet_jax.types import (
     Array,
     InputError,
@@ -71,8 +71,11 @@ class UNet(nn.Module):
         down: ``max`` | ``average`` | ``strided`` [`resample.DOWNS`].
         up: ``transpose`` | ``bilinear`` | ``nearest`` ... [`resample.UPS`].
         up_features: Channels of a learnt up-sampling: ``level``, those of the level it
-            goes to, or ``input``, those it gets.
+            goes to, ``input``, those it gets, or a number for each level.
         up_bias: Whether up-convolutions own a bias.
+        fit: How an up-sampled map and a skip of another size (from an odd one) become
+            one size [`decoders.FITS`]; None: ``crop`` with valid padding, else
+            ``zeros``.
         merge: ``concat`` | ``sum`` | ``gated`` | ``none`` ... [`merges.MERGES`].
         padding: ``same``: any size in, the same size out. ``reflect``: likewise, every
             convolution seeing its input mirrored beyond the border instead of zeros.
@@ -80,8 +83,14 @@ class UNet(nn.Module):
             388 out.
         kernels: Kernel size of each level, a number or one for each axis, all odd; ():
             3 everywhere.
+        decoder_kernels: Likewise of the decoder's levels, all but the coarsest; ():
+            those of `kernels`.
         strides: From each level to the next, likewise; (): 2 everywhere.
-        norm: ``batch`` | ``instance`` | ``group`` | ``none``.
+        units: How many convolutions (or residual units) the block of each level has,
+            where the block has a choice; (): the block's own number.
+        decoder_units: Likewise of the decoder's levels, all but the coarsest.
+        norm: ``batch`` | ``instance`` | ``group`` | ``none``; ``batch_unbiased`` and
+            ``instance_plain`` are PyTorch's (`unet_jax.layers.norm_factory`).
         norm_groups: Groups of ``norm="group"``.
         order: In what order a block applies ``c``\\ onvolution, ``n``\\ orm and
             ``a``\\ ctivation.
@@ -93,9 +102,14 @@ class UNet(nn.Module):
         dropout_levels: How many levels those are.
         conv_bias: Whether convolutions own a bias; None: unless a norm follows at once.
         kernel_init: How kernels start [`layers.INITIALISERS`].
-        head_kernel: Kernel size of the head; 1 in the paper.
+        head_kernel: Kernel size of the head; 1 in the paper. 0: there is none, the
+            decoder's finest level ends in the logits (decoder ``late_up``).
+        head_bias: Whether heads own a bias.
         deep_supervision: UNet++: a head on every map of full size. The loss is the mean
-            of the heads' losses, the logits the mean of their logits.
+            of the heads' losses, the logits the mean of their logits. Other decoders:
+            a head on every level, coarser ones in the level's size. Their losses weigh
+            less, as 1 / stride; the logits are the finest head's.
+        heads: How many levels then have one, finest first; None: all of the decoder's.
         level: UNet++: cut off after this level, 1 to the depth, whose head alone then
             gives the logits. Nothing beyond it is run; the variables of the whole net
             fit. Less than the depth needs ``deep_supervision``.
@@ -118,12 +132,16 @@ class UNet(nn.Module):
     decoder_block: str | Factory | None = None
     down: str | Factory = "max"
     up: str | Factory = "transpose"
-    up_features: str = "level"
+    up_features: str | tuple[int, ...] = "level"
     up_bias: bool = True
+    fit: str | None = None
     merge: str | Factory = "concat"
     padding: str = "same"
     kernels: Sizes = ()
+    decoder_kernels: Sizes = ()
     strides: Sizes = ()
+    units: tuple[int, ...] = ()
+    decoder_units: tuple[int, ...] = ()
     norm: str = "batch"
     norm_groups: int = 8
     order: str = "cna"
@@ -135,7 +153,9 @@ class UNet(nn.Module):
     conv_bias: bool | None = None
     kernel_init: str = "he_normal"
     head_kernel: int = 1
+    head_bias: bool = True
     deep_supervision: bool = False
+    heads: int | None = None
     level: int | None = None
     remat: int = 0
     dtype: str = "float32"
@@ -144,6 +164,11 @@ class UNet(nn.Module):
     def depth(self) -> int:
         """How often the size is halved: as deep as the net is, or is cut off."""
         return len(self.features) - 1 if self.level is None else self.level
+
+    @property
+    def nested(self) -> bool:
+        """Whether each level of the decoder ends in a map of full size (UNet++)."""
+        return _class(_choice(DECODERS, self.decoder, "decoder")).nested
 
     @nn.compact
     def __call__(
@@ -176,7 +201,10 @@ class UNet(nn.Module):
         outputs, aux = parts.decoder(name="decoder")(pyramid)
         aux = {"encoder": pyramid, **aux}
         if not self.deep_supervision:
-            return self._head("head", outputs[self.depth]), aux
+            return self._head("head", outputs[self.depth if self.nested else 0]), aux
+        if not self.nested:
+            heads = tuple(self._head(f"head{i}", x) for i, x in outputs.items())
+            return heads[0], {**aux, "heads": heads}
         levels = outputs if self.level is None else (self.level,)
         heads = tuple(self._head(f"head{level}", outputs[level]) for level in levels)
         # With valid padding the deeper a head, the smaller: their mean is of the last.
@@ -188,13 +216,17 @@ class UNet(nn.Module):
     def _head(self, name: str, x: Array) -> Array:
         init = choose(INITIALISERS, self.kernel_init, "model.kernel_init =")
         x = at_least_float32(x)
+        if self.head_kernel == 0:
+            return x
         if self.head_kernel == 1:
             # A 1x1 convolution as a product over the last axis: the same parameters
             # without the spatial axes, and right under vmap and sharding.
-            return nn.Dense(self.num_classes, kernel_init=init, name=name)(x)
+            return nn.Dense(
+                self.num_classes, use_bias=self.head_bias, kernel_init=init, name=name
+            )(x)
         rank = x.ndim - 2
         conv = conv_factory(
-            padding=self.padding, use_bias=True, init=init, dtype=x.dtype
+            padding=self.padding, use_bias=self.head_bias, init=init, dtype=x.dtype
         )
         kernel, stride = (self.head_kernel,) * rank, (1,) * rank
         module = conv(
@@ -238,26 +270,38 @@ def _parts(model: UNet, rank: int, *, train: bool) -> _Parts:
         norm=norm_factory(model.norm, train=train, groups=model.norm_groups),
         act=act_factory(model.act, slope=model.act_slope),
         excite=excite_factory(_choice(EXCITES, model.excite, "excite"), dense),
-        up_conv=partial(UpConv, use_bias=model.up_bias, kernel_init=init, dtype=dtype),
+        up_conv=partial(
+            up_convolution, use_bias=model.up_bias, kernel_init=init, dtype=dtype
+        ),
         order=model.order,
         padding=model.padding,
     )
     kernels = [per_axis(k, rank, "model.kernels") for k in model.kernels]
     kernels = kernels or [(3,) * rank] * len(model.features)
+    beside = [per_axis(k, rank, "model.decoder_kernels") for k in model.decoder_kernels]
+    beside = beside or kernels
     strides = [per_axis(s, rank, "model.strides") for s in model.strides]
     strides = strides or [(2,) * rank] * (len(model.features) - 1)
 
-    def blocks(value: Any, field: str) -> tuple[Factory, ...]:
+    def blocks(
+        value: Any,
+        field: str,
+        kernels: Sequence[Shape],
+        units: Sequence[int],
+        levels: int,
+    ) -> tuple[Factory, ...]:
         block = _choice(BLOCKS, value, field)
-        return tuple(
-            partial(
-                _again(block) if level < model.remat else block,
-                kernel=kernels[level],
-                kit=kit,
-            )
-            for level in range(depth + 1)
-        )
+        skipless = field == "decoder_block" and _has(block, "skipless")
+        made = []
+        for level in range(levels):
+            options: dict[str, Any] = {"units": units[level]} if units else {}
+            if skipless:
+                options["skipless"] = not model.features[level]
+            again = _again(block) if level < model.remat else block
+            made.append(partial(again, kernel=kernels[level], kit=kit, **options))
+        return tuple(made)
 
+    supervised = model.deep_supervision
     up = _choice(UPS, model.up, "up")
     merge = _choice(MERGES, model.merge, "merge")
     dropout = partial(nn.Dropout, model.dropout, deterministic=not train)
@@ -267,26 +311,36 @@ def _parts(model: UNet, rank: int, *, train: bool) -> _Parts:
         _choice(ENCODERS, model.encoder, "encoder"),
         features=model.features[: depth + 1],
         kit=kit,
-        blocks=blocks(model.block, "block"),
+        blocks=blocks(model.block, "block", kernels, model.units, depth + 1),
         strides=tuple(strides[:depth]),
         pool=_choice(DOWNS, model.down, "down"),
         dropout=dropout if model.dropout else None,
         dropout_from=len(model.features) - model.dropout_levels,
     )
+    decoder = _choice(DECODERS, model.decoder, "decoder")
+    if model.head_kernel == 0:
+        decoder = partial(decoder, bare=True)
+    heads = (depth if model.heads is None else model.heads) if supervised else 1
     decoder = partial(
-        _choice(DECODERS, model.decoder, "decoder"),
+        decoder,
         features=model.decoder_features or model.features[:-1],
-        blocks=blocks(model.decoder_block or model.block, "decoder_block"),
+        blocks=blocks(
+            model.decoder_block or model.block,
+            "decoder_block",
+            beside,
+            model.decoder_units,
+            depth,
+        ),
         ups=tuple(
-            partial(up, stride=strides[i], kernel=kernels[i], kit=kit)
+            partial(up, stride=strides[i], kernel=beside[i], kit=kit)
             for i in range(depth)
         ),
         merges=tuple(
             partial(merge, level=i, stride=strides[i], kit=kit) for i in range(depth)
         ),
-        padding=model.padding,
+        fit=model.fit or ("crop" if model.padding == "valid" else "zeros"),
         up_features=model.up_features,
-        supervised=model.deep_supervision,
+        supervised=heads,
     )
     return _Parts(kit, encoder, bottleneck if whole else None, decoder)
 
@@ -318,6 +372,7 @@ def check(model: UNet) -> None:
         ("kernel_init", INITIALISERS),
         ("dtype", ("float32", "bfloat16", "float64")),
         ("up_features", ("level", "input")),
+        ("fit", FITS),
     ):
         value = getattr(model, field)
         if isinstance(value, str):
@@ -326,11 +381,13 @@ def check(model: UNet) -> None:
     norm_factory(model.norm, train=False)
     _class(encoder).check(model)
     _check_sizes(model)
-    _check_depth(model, nested=_class(decoder).nested)
+    _check_depth(model)
     widths = [n for n in (*model.features, *(model.decoder_features or ())) if n]
     if model.norm_groups < 1:
         raise _refuse("norm_groups", model.norm_groups, "must be 1 or more: use 8.")
-    if model.norm == "group" and any(n % model.norm_groups for n in widths):
+    if model.norm == "group" and any(
+        n % model.norm_groups for n in widths if n > model.norm_groups
+    ):
         raise InputError(
             f"model.norm_groups = {model.norm_groups} does not divide each of"
             f" model.features = {tuple(widths)}: use {math.gcd(*widths)}, or a divisor"
@@ -350,8 +407,23 @@ def check(model: UNet) -> None:
                 )
     if not 0.0 <= model.dropout < 1.0:
         raise _refuse("dropout", model.dropout, "must be in [0, 1).")
-    if model.head_kernel < 1 or model.head_kernel % 2 == 0:
+    up = _class(_choice(UPS, model.up, "up"))
+    if model.padding == "valid" and getattr(up, "same_only", False):
+        raise _refuse(
+            "up", model.up, "pads by itself: use padding = 'same', or up = 'transpose'."
+        )
+    bare = _has(decoder, "bare")
+    if model.head_kernel % 2 == 0 and not (bare and model.head_kernel == 0):
         raise _refuse("head_kernel", model.head_kernel, "must be an odd number: 1.")
+    if model.head_kernel == 0 and (model.decoder_features or (0,))[0] != (
+        model.num_classes
+    ):
+        raise _refuse(
+            "head_kernel",
+            0,
+            "leaves the logits to the decoder's finest level: model.decoder_features"
+            f" must begin with {model.num_classes}, the number of classes.",
+        )
 
 
 def _class(factory: Any) -> Any:
@@ -359,6 +431,11 @@ def _class(factory: Any) -> Any:
     while isinstance(factory, partial):
         factory = factory.func
     return factory
+
+
+def _has(factory: Any, field: str) -> bool:
+    """Whether what a factory makes has a field."""
+    return field in getattr(_class(factory), "__dataclass_fields__", {})
 
 
 def _check_sizes(model: UNet) -> None:
@@ -379,9 +456,29 @@ def _check_sizes(model: UNet) -> None:
             f"must be {levels - 1} numbers above 0, one for each level of"
             f" model.features = {model.features} but the last.",
         )
+    for field, part in (("units", model.block), ("decoder_units", model.decoder_block)):
+        block = _choice(BLOCKS, part or model.block, "block")
+        if getattr(model, field) and not _has(block, "units"):
+            raise _refuse(
+                field,
+                getattr(model, field),
+                "is for blocks of any number of units, such as plain: leave it out.",
+            )
+    if isinstance(model.up_features, tuple) and (
+        len(model.up_features) != levels - 1 or min(model.up_features) < 1
+    ):
+        raise _refuse(
+            "up_features",
+            model.up_features,
+            f"must have {levels - 1} numbers above 0, one for each level of"
+            f" model.features = {model.features} but the last; or be 'level'.",
+        )
     for field, count, ok, what in (
         ("kernels", levels, lambda n: n > 0 and n % 2 == 1, "odd number"),
+        ("decoder_kernels", levels - 1, lambda n: n > 0 and n % 2 == 1, "odd number"),
         ("strides", levels - 1, lambda n: n > 0, "number above 0"),
+        ("units", levels, lambda n: n > 0, "number above 0"),
+        ("decoder_units", levels - 1, lambda n: n >= 0, "number from 0 on"),
     ):
         value = getattr(model, field)
         numbers = [
@@ -398,23 +495,38 @@ def _check_sizes(model: UNet) -> None:
             )
 
 
-def _check_depth(model: UNet, *, nested: bool) -> None:
-    depth = len(model.features) - 1
+def _check_depth(model: UNet) -> None:
+    depth, nested = len(model.features) - 1, model.nested
     if not nested:
-        for field, value in (("deep_supervision", False), ("level", None)):
-            if getattr(model, field) != value:
-                raise _refuse(
-                    field,
-                    getattr(model, field),
-                    "is for decoder = 'unetpp', whose levels all end at full size:"
-                    f" use {value}.",
-                )
+        if model.level is not None:
+            raise _refuse(
+                "level",
+                model.level,
+                "is for decoder = 'unetpp', whose levels all end at full size: use"
+                " None.",
+            )
+        if model.deep_supervision and model.padding == "valid":
+            raise _refuse(
+                "deep_supervision",
+                True,
+                "of a decoder other than 'unetpp' has heads on coarser levels, which"
+                " padding = 'valid' leaves without a size in common: use 'same'.",
+            )
     elif model.merge == "none":
         raise _refuse(
             "merge",
             model.merge,
             "leaves most nodes of decoder = 'unetpp' without any effect: use decoder ="
             " 'unet' to see what skips do.",
+        )
+    most = depth if not nested else 0
+    if model.heads is not None and not 1 <= model.heads <= most:
+        raise _refuse(
+            "heads",
+            model.heads,
+            f"must be in 1 to {most}, the levels of the decoder: leave it out for all."
+            if most
+            else "is not for decoder = 'unetpp', all of whose levels have one.",
         )
     if model.level is not None:
         if not 1 <= model.level <= depth:
@@ -462,6 +574,19 @@ def axis(model: UNet, index: int, rank: int) -> Axis:
 def axes(model: UNet, rank: int) -> tuple[Axis, ...]:
     """A net along each of its spatial axes."""
     return tuple(axis(model, index, rank) for index in range(rank))
+
+
+def check_joins(model: UNet) -> None:
+    """Refuses to follow pixels through a net that joins skips after up-sampling late.
+
+    Raises:
+        InputError: The decoder is ``late_up``, of which no fields are computed.
+    """
+    if _class(_choice(DECODERS, model.decoder, "decoder")) is DECODERS["late_up"]:
+        raise InputError(
+            "model.decoder = 'late_up' joins a skip before it up-samples, and cannot be"
+            " drawn or followed pixel by pixel: use it to predict, train and convert."
+        )
 
 
 def output_size(model: UNet, size: Sequence[int]) -> Shape:

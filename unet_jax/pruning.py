@@ -56,7 +56,7 @@ def check(model: UNet, where: str | os.PathLike[str]) -> None:
     Raises:
         InputError: Not a UNet++ with deep supervision, or cut off already.
     """
-    if model.deep_supervision and model.level is None:
+    if model.nested and model.deep_supervision and model.level is None:
         return
     if model.level is not None:
         raise InputError(

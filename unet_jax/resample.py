@@ -2,15 +2,17 @@
 
 `DOWNS` and `UPS` name them. A new one is a function or module and its entry there. An
 up-sampling is a module with the fields ``features``, ``stride``, ``kernel`` (a number
-for each axis) and ``kit``, and a method ``taps(axis)``: the kernel sizes of its
-convolutions along an axis, those before and those after the size has grown. One that
-interpolates says by a field ``method`` (`nearest`, `linear`, `linear_aligned`) how.
+for each axis) and ``kit``, called as ``up(x, size)``, and a method ``taps(axis)``: the
+kernel sizes of its convolutions along an axis, those before and those after the size
+has grown. One that interpolates says by a field ``method`` (`nearest`, `linear`,
+`linear_aligned`) how, and goes to ``size`` where that is not None; the others multiply
+by the stride whatever it is.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -149,6 +151,48 @@ def nearest(x: Array, stride: Sequence[int]) -> Array:
     return x
 
 
+Method = Callable[[Array, Sequence[int]], Array]
+
+
+def to_size(x: Array, size: Sequence[int], method: Method = nearest) -> Array:
+    """Interpolates to any size, as PyTorch's ``interpolate(size=...)`` does.
+
+    Pixel i of the result stands at ``(i + 1/2) in / out - 1/2`` (`linear`), at
+    ``i (in - 1) / (out - 1)`` (`linear_aligned`), or is pixel ``floor(i in / out)``
+    (`nearest`: not the nearest centre, for sizes that are no multiples).
+
+    Args:
+        x: ``[B, *S, C]``.
+        size: The spatial size wanted.
+        method: `nearest`, `linear` or `linear_aligned`.
+
+    Returns:
+        ``[B, *size, C]``.
+    """
+    old = x.shape[1:-1]
+    if all(new % n == 0 for new, n in zip(size, old, strict=True)):
+        return method(x, [new // n for new, n in zip(size, old, strict=True)])
+    for axis, (n, new) in enumerate(zip(old, size, strict=True), start=1):
+        if n == new:
+            continue
+        index = np.arange(new)
+        if method is nearest:
+            # In float32, as PyTorch: at some sizes it rounds to another pixel.
+            pixel = np.floor(index.astype(np.float32) * np.float32(n / new))
+            pixel = np.minimum(pixel.astype(np.int32), n - 1)
+            x = jnp.take(x, jnp.asarray(pixel), axis=axis)
+            continue
+        if method is linear_aligned:
+            position = index * ((n - 1) / max(new - 1, 1))
+        else:
+            position = np.clip((index + 0.5) * n / new - 0.5, 0, n - 1)
+        hat = np.abs(position[:, None] - np.arange(n)[None, :])
+        weights = jnp.asarray(np.maximum(1.0 - hat, 0.0), x.dtype)
+        product = jnp.tensordot(weights, x, ((1,), (axis,)), precision="highest")
+        x = jnp.moveaxis(product, 0, axis)
+    return x
+
+
 class UpConv(nn.Module):
     """The paper's 2x2 "up-convolution" of stride 2: no two taps overlap.
 
@@ -193,6 +237,69 @@ class UpConv(nn.Module):
         return y
 
 
+class WideUpConv(nn.Module):
+    """A transposed convolution with a kernel larger than its stride: its taps overlap.
+
+    ``kernel`` has shape ``[*kernel, C, features]`` and its tap t adds pixel x to the
+    pixel ``stride x + t - (kernel - 1) // 2``: PyTorch's weight ``[C, features, *t]``
+    with ``padding=(kernel - 1) // 2``, moved over by one transpose. The result is cut
+    or filled up to ``stride * size``, or ``short`` of it by ``stride - 1`` (PyTorch's
+    ``output_padding=0``).
+    """
+
+    features: int
+    stride: Shape
+    kernel: Shape
+    short: bool = False
+    use_bias: bool = True
+    kernel_init: Callable[..., Any] = INITIALISERS["he_normal"]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """``[B, *S, C]`` -> ``[B, *(stride * S), features]``."""
+        rank = x.ndim - 2
+        shape = (*self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        pads = []
+        for size, stride in zip(self.kernel, self.stride, strict=True):
+            before = size - 1 - (size - 1) // 2
+            full = 0 if self.short else stride + 2 * ((size - 1) // 2) - size
+            pads.append((before, before + full))
+        space = "DHW"[3 - rank :]
+        layout = (f"N{space}C", f"{space}IO", f"N{space}C")
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            jnp.flip(kernel, range(rank)).astype(self.dtype),
+            (1,) * rank,
+            pads,
+            lhs_dilation=self.stride,
+            dimension_numbers=layout,
+        )
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype).reshape((1,) * (rank + 1) + (-1,))
+        return y
+
+
+def up_convolution(
+    features: int, stride: Shape, name: str, kernel: Shape | None = None, **options: Any
+) -> nn.Module:
+    """`UpConv`, or `WideUpConv` where a kernel is given.
+
+    Args:
+        features: Channels that come out.
+        stride: The factor of each axis.
+        name: Of the module.
+        kernel: A number for each axis, or None for the stride's.
+        **options: Of the module.
+    """
+    if kernel is None:
+        return UpConv(features=features, stride=stride, name=name, **options)
+    return WideUpConv(features, stride, kernel, name=name, **options)
+
+
 class Transposed(nn.Module):
     """The up-convolution: learnt, to ``features`` channels."""
 
@@ -206,10 +313,48 @@ class Transposed(nn.Module):
         return (), ()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, size: Shape | None = None) -> Array:
         return self.kit.up_conv(
             features=self.features, stride=self.stride, name="conv"
         )(x)
+
+
+class WideTransposed(nn.Module):
+    """A transposed convolution with the level's kernel, larger than the stride.
+
+    Attributes:
+        short: Whether the last ``stride - 1`` pixels are missing.
+        unit: Whether norm and activation follow, in the kit's order.
+        bare: Whether they do not, after all: the result are logits.
+    """
+
+    features: int
+    stride: Shape
+    kernel: Shape
+    kit: Kit
+    short: bool = False
+    unit: bool = False
+    bare: bool = False
+    same_only: ClassVar[bool] = True
+
+    def taps(self, axis: int) -> Taps:
+        """At most what a kernel sees of the map repeated to the larger size."""
+        return (), (self.kernel[axis],)
+
+    @nn.compact
+    def __call__(self, x: Array, size: Shape | None = None) -> Array:
+        x = self.kit.up_conv(
+            features=self.features,
+            stride=self.stride,
+            kernel=self.kernel,
+            short=self.short,
+            name="conv",
+        )(x)
+        for letter in self.kit.order if self.unit and not self.bare else "":
+            if letter != "c":
+                layer = self.kit.norm if letter == "n" else self.kit.act
+                x = layer(name="norm" if letter == "n" else "act")(x)
+        return x
 
 
 class Interpolated(nn.Module):
@@ -223,15 +368,49 @@ class Interpolated(nn.Module):
     stride: Shape
     kernel: Shape
     kit: Kit
-    method: Callable[[Array, Sequence[int]], Array] = nearest
+    method: Method = nearest
 
     def taps(self, axis: int) -> Taps:
         """None that would shrink the map."""
         return (), ()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return self.method(x, self.stride)
+    def __call__(self, x: Array, size: Shape | None = None) -> Array:
+        return _grown(x, self.stride, size, self.method)
+
+
+def _grown(x: Array, stride: Shape, size: Shape | None, method: Method) -> Array:
+    return method(x, stride) if size is None else to_size(x, size, method)
+
+
+class InterpolatedDense(nn.Module):
+    """Interpolation and a 1x1 convolution, in either order.
+
+    Attributes:
+        method: `linear`, `linear_aligned` or `nearest`.
+        dense_first: Whether the convolution comes first, and only if it changes the
+            number of channels; its bias is that of up-convolutions.
+    """
+
+    features: int
+    stride: Shape
+    kernel: Shape
+    kit: Kit
+    method: Method = nearest
+    dense_first: bool = False
+
+    def taps(self, axis: int) -> Taps:
+        """None that would shrink the map."""
+        return (), ()
+
+    @nn.compact
+    def __call__(self, x: Array, size: Shape | None = None) -> Array:
+        if not self.dense_first:
+            x = _grown(x, self.stride, size, self.method)
+        elif self.features == x.shape[-1]:
+            return _grown(x, self.stride, size, self.method)
+        x = self.kit.dense(features=self.features, use_bias=True, name="conv")(x)
+        return _grown(x, self.stride, size, self.method) if self.dense_first else x
 
 
 class InterpolatedUnit(nn.Module):
@@ -245,20 +424,25 @@ class InterpolatedUnit(nn.Module):
     stride: Shape
     kernel: Shape
     kit: Kit
-    method: Callable[[Array, Sequence[int]], Array] = nearest
+    method: Method = nearest
 
     def taps(self, axis: int) -> Taps:
         """One convolution of the larger map."""
         return (), (self.kernel[axis],)
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = self.method(x, self.stride)
+    def __call__(self, x: Array, size: Shape | None = None) -> Array:
+        x = _grown(x, self.stride, size, self.method)
         return self.kit.unit(x, "0", features=self.features, kernel=self.kernel)
 
 
 class PixelShuffle(nn.Module):
     """A convolution to ``prod(stride) * features`` channels, interleaved.
+
+    Attributes:
+        blur: Whether each pixel then becomes the mean of itself and its neighbours
+            before it (zeros beyond the border), against checkerboards
+            (arXiv 1806.02658); the convolution then owns a bias always.
 
     Reference: Shi et al. 2016, arXiv 1609.05158.
     """
@@ -267,21 +451,31 @@ class PixelShuffle(nn.Module):
     stride: Shape
     kernel: Shape
     kit: Kit
+    blur: bool = False
 
     def taps(self, axis: int) -> Taps:
         """One convolution of the smaller map."""
         return (self.kernel[axis],), ()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, size: Shape | None = None) -> Array:
         y = self.kit.conv(
             features=math.prod(self.stride) * self.features,
             kernel=self.kernel,
             stride=(1,) * len(self.stride),
             name="conv",
+            **({"use_bias": True} if self.blur else {}),
         )(x)
         split = (*y.shape[:-1], *self.stride, self.features)
-        return depth_to_space(y.reshape(split), self.stride)
+        y = depth_to_space(y.reshape(split), self.stride)
+        for axis, factor in enumerate(self.stride if self.blur else (), start=1):
+            before = [(int(a == axis) * (factor - 1), 0) for a in range(y.ndim)]
+            padded, n = jnp.pad(y, before), y.shape[axis]
+            parts = [
+                jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i in range(factor)
+            ]
+            y = sum(parts[1:], parts[0]) * jnp.asarray(1 / factor, y.dtype)
+        return y
 
 
 UPS: dict[str, Factory] = {
@@ -291,4 +485,13 @@ UPS: dict[str, Factory] = {
     "nearest": partial(Interpolated, method=nearest),
     "nearest_conv": partial(InterpolatedUnit, method=nearest),
     "pixel_shuffle": PixelShuffle,
+    # As some PyTorch nets have them (docs/torch.md says which).
+    "transpose_wide": WideTransposed,
+    "transpose_wide_unit": partial(WideTransposed, unit=True),
+    "transpose_wide_short": partial(WideTransposed, short=True),
+    "bilinear_dense": partial(InterpolatedDense, method=linear),
+    "dense_bilinear_aligned": partial(
+        InterpolatedDense, method=linear_aligned, dense_first=True
+    ),
+    "pixel_shuffle_blurred": partial(PixelShuffle, blur=True),
 }

@@ -6,7 +6,7 @@ only. All randomness is ``fold_in`` of the state's key, its step and an example'
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -95,6 +95,59 @@ def any_weight(weight: Array) -> Array:
     return jnp.any(weight > 0, axis=tuple(range(1, weight.ndim))).astype(jnp.float32)
 
 
+def supervised_losses(
+    loss_fn: LossFn, logits: Array, aux: Mapping[str, Any], label: Array, weight: Array
+) -> Array:
+    """The loss of each example: of the logits, or the mean over the heads there are.
+
+    Heads of full size (UNet++) count alike. With valid padding a deeper one is smaller;
+    all are weighed on the pixels that all have. A head on a coarser level sees every
+    stride-th pixel of label and weight and counts 1 / stride, as in nnU-Net
+    (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z, supplementary note 4).
+
+    Args:
+        loss_fn: ``(logits, label, weight) -> f32[B]``.
+        logits: ``f32[B, *S, K]``.
+        aux: Of the net; ``aux["heads"]`` is read.
+        label: Of the logits' size, as `unet_jax.types.Batch` has it.
+        weight: Likewise.
+
+    Returns:
+        ``f32[B]``.
+    """
+    size = logits.shape[1:-1]
+    parts, shares = [], 0.0
+    for head in aux.get("heads", (logits,)):
+        steps = [
+            round(n / m) if m < n else 1
+            for n, m in zip(size, head.shape[1:-1], strict=True)
+        ]
+        if max(steps) > 1:
+            small = head.shape[1:-1]
+            given = (every(label, small, steps), every(weight, small, steps))
+        else:
+            head, given = crop(head, size), (label, weight)
+        share = 1.0 / max(steps)
+        parts.append(share * loss_fn(head, *given))
+        shares += share
+    return sum(parts[1:], parts[0]) * (1.0 / shares)
+
+
+def every(x: Array, size: Sequence[int], steps: Sequence[int]) -> Array:
+    """Every so many-th pixel, as many as ``size`` has, from the middle.
+
+    Args:
+        x: ``[B, *S, ...]``.
+        size: Pixels of each axis to keep.
+        steps: From one to the next.
+    """
+    for axis, (n, step) in enumerate(zip(size, steps, strict=True), start=1):
+        last = (n - 1) * step + 1
+        begin = (x.shape[axis] - last) // 2
+        x = jax.lax.slice_in_dim(x, begin, begin + last, step, axis=axis)
+    return x
+
+
 def _microbatch(batch: Batch, accumulate: int) -> Any:
     """``[B, ...]`` -> ``[accumulate, B / accumulate, ...]``, rows taken in strides.
 
@@ -164,11 +217,8 @@ def make_train_step(
         )
         label, weight = fit(batch, logits)
         counted = any_weight(weight)
-        # Deep supervision: the mean of the heads' losses. With valid padding a deeper
-        # head is smaller; all are weighed on the pixels that all have.
-        heads = [crop(head, logits.shape[1:-1]) for head in aux.get("heads", ())]
-        losses = [loss_fn(head, label, weight) for head in heads or [logits]]
-        loss = jnp.sum(sum(losses) * counted) * (1.0 / len(losses))
+        losses = supervised_losses(loss_fn, logits, aux, label, weight)
+        loss = jnp.sum(losses * counted)
         return loss, (updated.get("batch_stats", batch_stats), jnp.sum(counted))
 
     gradient = jax.value_and_grad(objective, has_aux=True)
@@ -201,8 +251,8 @@ def make_train_step(
             )
         else:
             batch_stats, loss, count, grads = accumulated(state, batch, key)
-        share = 1.0 / jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g: g * share, grads)
+        examples = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / examples.astype(g.dtype), grads)
         # optax's Adam mixes integer counts with floats on purpose.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -317,6 +317,7 @@ def describe(model: UNet, size: Sequence[int], channels: int) -> Diagram:
             f"an image of size {tuple(size)} with {channels} channel(s) cannot be: give"
             " two or three numbers above 0, such as 572 572, and at least one channel."
         )
+    models.check_joins(model)
     image = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     calls, costs = _traced(model, variables, image)
@@ -332,12 +333,16 @@ def describe(model: UNet, size: Sequence[int], channels: int) -> Diagram:
     if "bottleneck" in calls:
         cost = summed(c for p, c in costs.items() if p.startswith("bottleneck"))
         bottleneck = Part("bottleneck", 0, calls["bottleneck"].out, cost)
-    heads = tuple(
-        Part(path, int(path[4:] or model.depth), call.out, costs[path])
-        for path, call in calls.items()
-        if re.fullmatch(r"head\d*", path)
-    )
     nested = isinstance(calls["decoder"].module, UNetPlusPlusDecoder)
+    # Of heads on coarser levels, which help in training only, the finest is shown.
+    name = r"head\d*" if nested else "head0?"
+    heads = tuple(
+        Part(
+            path, int(path[4:]) if nested and path[4:] else model.depth, call.out, cost
+        )
+        for path, call in calls.items()
+        if (cost := costs.get(path)) and re.fullmatch(name, path)
+    )
     parts = (model.encoder, model.decoder, model.block)
     words = [p if isinstance(p, str) else "custom" for p in parts]
     return Diagram(
