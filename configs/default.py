@@ -81,22 +81,28 @@ def get_config() -> ConfigDict:
 
     config.model = model = ConfigDict()  # unet_jax.models.build
     model.name = "unet"  # a net of unet_jax.models.MODELS; the keys below change it
+    model.weights = placeholder(str)  # instead: a workdir or PyTorch file to start from
+    model.encoder_weights = placeholder(str)  # of torchvision, for encoder = resnet...
     model.features = (16, 32, 64, 128)  # channels of each level, finest first
     model.decoder_features = placeholder(tuple)
-    model.encoder = placeholder(str)  # plain | resnet18 | resnet34 | resnet50
+    model.encoder = placeholder(str)  # plain | resnet18 | resnet34 | resnet50 ...
     model.bottleneck = placeholder(str)  # none | transformer
     model.decoder = placeholder(str)  # unet | unetpp
     model.block = placeholder(str)  # plain | residual | preactivation | recurrent ...
     model.decoder_block = placeholder(str)
     model.down = placeholder(str)  # max | average | strided
     model.up = placeholder(str)  # transpose | bilinear | nearest | pixel_shuffle ...
-    model.up_features = placeholder(str)  # level | input
+    model.up_features = placeholder(object)  # level | input | a number for each level
     model.up_bias = placeholder(bool)
+    model.fit = placeholder(str)  # zeros | edge | resize | crop: of odd sizes
     model.merge = placeholder(str)  # concat | sum | gated | gated_full | none ...
     model.padding = placeholder(str)  # same | valid | reflect
     model.kernels = placeholder(tuple)  # of each level, such as ((1, 3, 3), 3, 3)
+    model.decoder_kernels = placeholder(tuple)  # likewise of the decoder's levels
     model.strides = placeholder(tuple)  # from each level to the next
-    model.norm = placeholder(str)  # batch | instance | group | none
+    model.units = placeholder(tuple)  # convolutions of each level's block
+    model.decoder_units = placeholder(tuple)
+    model.norm = placeholder(str)  # batch | instance | group | none ...
     model.norm_groups = placeholder(int)
     model.order = placeholder(str)  # of convolution, norm, activation: cna, can, nca
     model.act = placeholder(str)  # relu | leaky_relu | prelu | elu | gelu | silu
@@ -107,7 +113,9 @@ def get_config() -> ConfigDict:
     model.conv_bias = placeholder(bool)
     model.kernel_init = placeholder(str)
     model.head_kernel = placeholder(int)
-    model.deep_supervision = placeholder(bool)  # unetpp
+    model.head_bias = placeholder(bool)
+    model.deep_supervision = placeholder(bool)
+    model.heads = placeholder(int)  # how many levels of a U-Net then have one
     model.level = placeholder(int)  # unetpp: cut off after this level
     model.remat = placeholder(int)  # levels to compute again in the backward pass
     model.dtype = placeholder(str)  # float32 | bfloat16
@@ -123,6 +131,7 @@ def get_config() -> ConfigDict:
     loss.smooth = placeholder(float)
     loss.over = placeholder(str)  # image | batch
     loss.background = placeholder(bool)
+    loss.micro = placeholder(bool)  # one Dice of all classes together
     loss.squared = placeholder(bool)
     loss.gamma = placeholder(float)
     loss.focal_alpha = placeholder(tuple)
@@ -130,16 +139,22 @@ def get_config() -> ConfigDict:
     loss.beta = placeholder(float)
 
     config.optim = optim = ConfigDict()  # unet_jax.optim.build
-    optim.name = "adamw"  # sgd | adam | adamw
+    optim.name = "adamw"  # sgd | rmsprop | adam | adamw
     optim.learning_rate = 3e-3
     optim.schedule = "cosine"  # constant | cosine | poly | plateau
     optim.warmup_steps = 20
     optim.power = placeholder(float)
     optim.final_fraction = placeholder(float)
-    optim.momentum = placeholder(float)
+    optim.momentum = placeholder(float)  # of sgd and rmsprop
+    optim.nesterov = placeholder(bool)  # of sgd
+    optim.betas = placeholder(tuple)  # of adam and adamw
+    optim.alpha = placeholder(float)  # of rmsprop
+    optim.eps = placeholder(float)
     optim.weight_decay = 1e-4
+    optim.decay_all = placeholder(bool)  # biases and norms too, as PyTorch does
     optim.clip = 1.0  # largest gradient norm, 0 for none
-    optim.freeze = ()  # paths of parameters, such as ("encoder",)
+    optim.freeze = ()  # patterns of parameter paths, such as ("encoder", "**/norm*")
+    optim.lr_scale = placeholder(tuple)  # such as (("encoder", 0.1), ("head", 10.0))
 
     config.plateau = plateau = ConfigDict()  # for optim.schedule = "plateau"
     plateau.monitor = "loss"  # a figure of the evaluation that should fall

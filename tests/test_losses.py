@@ -156,6 +156,24 @@ def test_tversky_equals_the_float64_formula(rng, over, task):
     close(actual, 1 - index.mean(1))
 
 
+@pytest.mark.parametrize("over", ["image", "batch"])
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("task", TASKS)
+def test_micro_adds_up_the_classes_before_it_divides(rng, task, over, background):
+    logits, label, weight = data(rng, task=task)
+    first = 1 if task == "classes" and not background else 0
+    both, p, y = (
+        s[:, first:].sum(1) for s in region_sums(logits, label, weight, task, over)
+    )
+    options = {"task": task, "over": over, "background": background, "smooth": 0.5}
+    arrays = on_device(logits, label, weight)
+    actual = losses.soft_dice(*arrays, **options, micro=True)
+    close(actual, 1 - (2 * both + 0.5) / (p + y + 0.5))
+    actual = losses.tversky(*arrays, **options, micro=True)
+    index = (both + 0.5) / (both + 0.3 * (p - both) + 0.7 * (y - both) + 0.5)
+    close(actual, 1 - index)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_tversky_of_halves_is_dice_of_twice_the_smooth(rng, task):
     arrays = on_device(*data(rng, task=task))
@@ -313,6 +331,19 @@ def test_a_row_without_weight_is_zero_and_changes_no_other(rng, task, term, opti
     )
     close(padded[:3], alone)
     assert padded[3] == 0
+
+
+@pytest.mark.parametrize(("task", "term"), TERM_CASES)
+def test_float64_logits_are_worked_on_in_float64(rng, task, term):
+    logits, label, weight = data(rng, task=task)
+    options = {"task": task, term: 1.0, "class_weights": (1.0, 2.0, 0.1)}
+    near = losses.build(**options)(*on_device(logits, label, weight))
+    with jax.enable_x64(True):
+        wide = on_device(logits.astype(np.float64), label, weight)
+        value = losses.build(**options)(*wide)
+        assert value.dtype == jnp.float64
+        assert (np.asarray(value) != np.asarray(near)).any()
+        close(value, np.asarray(near))
 
 
 def test_bfloat16_logits_and_small_labels_give_float32(rng):

@@ -48,6 +48,9 @@ class Meta:
         config: The whole config of the run.
         progress: `unet_jax.evaluation.Progress` as a dict.
         results: The figures of the evaluation at this step, or empty.
+        torch: Of a net that came from PyTorch: ``family``, ``layout`` and ``dtype``, as
+            `unet_jax.torch_weights.Imported` has them, and ``source``, the file's name.
+            Else empty.
     """
 
     model: dict[str, Any]
@@ -61,6 +64,7 @@ class Meta:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, float] = dataclasses.field(default_factory=dict)
+    torch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, with the format's number."""
@@ -265,6 +269,19 @@ class Checkpoints:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return Meta.from_json(self._manager.restore(step, args=args).meta)
 
+    def check_resumable(self, step: int) -> None:
+        """Refuses to train on where there is a net to predict with only.
+
+        Raises:
+            InputError: Names the key that trains from it in another workdir.
+        """
+        if not (self.workdir / "checkpoints" / str(step) / "training").exists():
+            raise InputError(
+                f"{self.workdir} holds a net to predict with, without the optimizer's"
+                " state: train in another --workdir, from this one's weights with"
+                f" --config.model.weights={self.workdir}."
+            )
+
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at ``step``.
 
@@ -275,11 +292,7 @@ class Checkpoints:
         Raises:
             InputError: The workdir holds a net to predict with only.
         """
-        if not (self.workdir / "checkpoints" / str(step) / "training").exists():
-            raise InputError(
-                f"{self.workdir} holds a net to predict with, without the optimizer's"
-                " state: train in another --workdir."
-            )
+        self.check_resumable(step)
         ocp = _orbax()
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(like).items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -330,7 +343,10 @@ def _identity(meta: Meta) -> dict[str, Any]:
     own |= {f"data.normalisation.{k}": v for k, v in meta.normalisation.items()}
     optim = meta.config.get("optim", {})
     own |= {f"optim.{k}": optim.get(k) for k in ("name", "freeze")}
-    own |= {f"optim.{k} > 0": bool(optim.get(k)) for k in _OPTIM_SWITCHES}
+    # sgd keeps a momentum in its state even if it is 0.
+    more = ("momentum",) if optim.get("name") == "rmsprop" else ()
+    switches = (*_OPTIM_SWITCHES, *more)
+    own |= {f"optim.{k} > 0": bool(optim.get(k)) for k in switches}
     own["train.ema > 0"] = bool(meta.config.get("train", {}).get("ema"))
     return json.loads(json.dumps(own))
 
@@ -375,6 +391,23 @@ def check_same_run(
         for key in {**before, **after}
         if before.get(key) != after.get(key)
     ]
+
+
+def stored_meta(workdir: str | os.PathLike[str]) -> Meta | None:
+    """What the run is that a workdir holds; None where there is none yet.
+
+    Raises:
+        InputError: It holds a net to predict with only.
+    """
+    path = Path(workdir)
+    if not any((path / "checkpoints").glob("*/_CHECKPOINT_METADATA")):
+        return None
+    with Checkpoints(path, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            return None
+        checkpoints.check_resumable(step)
+        return checkpoints.read_meta(step)
 
 
 def load_for_inference(

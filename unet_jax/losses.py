@@ -2,7 +2,8 @@
 
 Conventions that all of them keep:
 
-- ``logits`` f32 or bf16 ``[B, *S, K]``, never probabilities. The work is in float32.
+- ``logits`` f32 or bf16 ``[B, *S, K]``, never probabilities. The work is in float32, or
+  in float64 for logits of float64.
 - ``label`` integers, ``[B, *S]`` in ``0..K-1`` (task ``classes``) or ``[B, *S, K]`` of
   zeros and ones (task ``labels``). Under weight 0 it may hold anything, such as 255 or
   -1: value and gradient stay finite. Any other label out of range makes the loss NaN,
@@ -154,6 +155,7 @@ def soft_dice(
     smooth: float = 1.0,
     over: Over = "image",
     background: bool = True,
+    micro: bool = False,
     squared: bool = False,
 ) -> Array:
     """One minus the soft Dice coefficient, averaged over classes.
@@ -171,7 +173,9 @@ def soft_dice(
             label and prediction has Dice 1.
         over: ``image`` gives each example its own loss. ``batch`` adds the sums of all
             examples before the division, which steadies classes that are rare.
-        background: whether class 0 counts in the mean; ``classes`` only.
+        background: whether class 0 counts; ``classes`` only.
+        micro: add the sums of all classes before the division, for one Dice of them
+            together instead of the mean of theirs.
         squared: ``sum(p^2) + sum(y^2)`` as the denominator.
 
     Returns:
@@ -183,10 +187,17 @@ def soft_dice(
         pooled over the batch).
     """
     both, predicted, true = _overlap(
-        logits, label, weight, task=task, over=over, squared=squared
+        logits,
+        label,
+        weight,
+        task=task,
+        over=over,
+        background=background,
+        micro=micro,
+        squared=squared,
     )
     dice = _ratio(2 * both + smooth, predicted + true + smooth)
-    return _one_minus_mean(dice, weight, task=task, background=background)
+    return _one_minus_mean(dice, weight)
 
 
 def tversky(
@@ -200,6 +211,7 @@ def tversky(
     smooth: float = 1.0,
     over: Over = "image",
     background: bool = True,
+    micro: bool = False,
 ) -> Array:
     """One minus the Tversky index, which prices misses and false alarms apart.
 
@@ -221,6 +233,7 @@ def tversky(
         smooth: as for ``soft_dice``.
         over: as for ``soft_dice``.
         background: as for ``soft_dice``.
+        micro: as for ``soft_dice``.
 
     Returns:
         f32 ``[B]``; under ``batch`` the same value for every row with weight.
@@ -230,11 +243,17 @@ def tversky(
         Convolutional Deep Networks, 2017, section 2.2 (0.3 and 0.7: section 4).
     """
     both, predicted, true = _overlap(
-        logits, label, weight, task=task, over=over, squared=False
+        logits,
+        label,
+        weight,
+        task=task,
+        over=over,
+        background=background,
+        micro=micro,
     )
     errors = alpha * (predicted - both) + beta * (true - both)
     index = _ratio(both + smooth, both + errors + smooth)
-    return _one_minus_mean(index, weight, task=task, background=background)
+    return _one_minus_mean(index, weight)
 
 
 _TERMS: dict[str, Callable[..., Array]] = {
@@ -263,6 +282,7 @@ def build(
     smooth: float = 1.0,
     over: Over = "image",
     background: bool = True,
+    micro: bool = False,
     squared: bool = False,
     gamma: float = 2.0,
     focal_alpha: Sequence[float] = (),
@@ -283,6 +303,7 @@ def build(
         smooth: of Dice and Tversky.
         over: of Dice and Tversky.
         background: of Dice and Tversky.
+        micro: of Dice and Tversky.
         squared: of Dice.
         gamma: of focal loss.
         focal_alpha: ``alpha`` of focal loss.
@@ -308,7 +329,13 @@ def build(
     }
     _check_factors(factors, task=task)
     pixel = {"class_weights": tuple(class_weights), "normalise": normalise}
-    region = {"task": task, "smooth": smooth, "over": over, "background": background}
+    region = {
+        "task": task,
+        "smooth": smooth,
+        "over": over,
+        "background": background,
+        "micro": micro,
+    }
     options: dict[str, dict[str, Any]] = {
         "cross_entropy": pixel,
         "binary_cross_entropy": pixel,
@@ -318,7 +345,7 @@ def build(
     }
 
     def loss(logits: Array, label: Array, weight: Array) -> Array:
-        total = jnp.zeros(logits.shape[:1], jnp.float32)
+        total = jnp.zeros(logits.shape[:1], _work_dtype(logits))
         for name, factor in factors.items():
             if factor > 0:
                 term = _TERMS[name](logits, label, weight, **options[name])
@@ -348,10 +375,14 @@ def _check_factors(factors: dict[str, float], *, task: Task) -> None:
         )
 
 
+def _work_dtype(logits: Array) -> Any:
+    return jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
+
+
 def _prepare(
     logits: Array, label: Array, weight: Array, *, task: Task
 ) -> tuple[Array, Array, Array]:
-    """(logits f32, target f32[B, *S, K] of zeros and ones, weight f32 like label).
+    """(logits, target [B, *S, K] of zeros and ones, weight like label), to work in.
 
     Where the weight is 0 the label is replaced, because NaN * 0 is NaN. Where it is
     not 0 and the label is out of range the target is NaN.
@@ -364,16 +395,17 @@ def _prepare(
             "a softmax over one class is always 1: use two classes, "
             "or task='labels' for a net with one output"
         )
+    dtype = _work_dtype(logits)
     label = jnp.where(weight > 0, label.astype(jnp.int32), 0)
     limit = classes if task == "classes" else 2
     known = (label >= 0) & (label < limit)
     if task == "classes":
-        target = jax.nn.one_hot(label, classes, dtype=jnp.float32)
+        target = jax.nn.one_hot(label, classes, dtype=dtype)
         known = known[..., None]
     else:
-        target = label.astype(jnp.float32)
+        target = label.astype(dtype)
     target = jnp.where(known, target, jnp.nan)
-    return logits.astype(jnp.float32), target, weight.astype(jnp.float32)
+    return logits.astype(dtype), target, weight.astype(dtype)
 
 
 def _pick(values: Array, target: Array) -> Array:
@@ -392,7 +424,7 @@ def _per_class(values: Sequence[float], target: Array) -> Array:
             f"the loss has {len(values)} weights {tuple(values)} but the model has "
             f"{target.shape[-1]} outputs: give one for each, or () for none"
         )
-    array = jnp.asarray(values, jnp.float32)
+    array = jnp.asarray(values, target.dtype)
     return array.reshape((1,) * (target.ndim - 1) + (-1,))
 
 
@@ -400,7 +432,7 @@ def _class_factor(target: Array, values: Sequence[float], *, task: Task) -> Arra
     """The class weight of each pixel: ``[B, *S]`` (classes) or ``[B, *S, K]``."""
     if not len(values):
         shape = target.shape[:-1] if task == "classes" else target.shape
-        return jnp.ones(shape, jnp.float32)
+        return jnp.ones(shape, target.dtype)
     weights = _per_class(values, target)
     if task == "classes":
         return jnp.sum(target * weights, axis=-1)
@@ -416,7 +448,7 @@ def _pixel_mean(
     if normalise == "pixels":
         # Counted as integers: a float32 count stops growing at 2^24 pixels.
         count = jnp.sum(weight > 0, axis=inner, dtype=jnp.int32)
-        return total / jnp.maximum(count, 1).astype(jnp.float32)
+        return total / jnp.maximum(count, 1).astype(total.dtype)
     mean = _ratio(jnp.sum(total), jnp.sum(scale))
     return jnp.where(_has_weight(weight), mean, 0.0)
 
@@ -428,9 +460,14 @@ def _overlap(
     *,
     task: Task,
     over: Over,
-    squared: bool,
+    background: bool,
+    micro: bool,
+    squared: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Sums of p*y, p (or its square) and y over the counted pixels, each f32[B, K]."""
+    """Sums of p*y, p (or its square) and y over the counted pixels.
+
+    Each ``[B, K]``, with K one less without the background and 1 for ``micro``.
+    """
     logits, target, weight = _prepare(logits, label, weight, task=task)
     if task == "classes":
         probability = jax.nn.softmax(logits, axis=-1)
@@ -444,7 +481,9 @@ def _overlap(
         sums = jnp.sum(jnp.where(mask, values, 0.0), axis=inner)
         if over == "batch":
             sums = jnp.broadcast_to(jnp.sum(sums, axis=0, keepdims=True), sums.shape)
-        return sums
+        if task == "classes" and not background:
+            sums = sums[:, 1:]
+        return jnp.sum(sums, axis=1, keepdims=True) if micro else sums
 
     size = probability**2 if squared else probability
     return total(probability * target), total(size), total(target)
@@ -456,11 +495,7 @@ def _ratio(above: Array, below: Array) -> Array:
     return jnp.where(empty, 1.0, above / jnp.where(empty, 1.0, below))
 
 
-def _one_minus_mean(
-    score: Array, weight: Array, *, task: Task, background: bool
-) -> Array:
-    if task == "classes" and not background:
-        score = score[:, 1:]
+def _one_minus_mean(score: Array, weight: Array) -> Array:
     return jnp.where(_has_weight(weight), 1 - jnp.mean(score, axis=-1), 0.0)
 
 

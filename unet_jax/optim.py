@@ -1,6 +1,8 @@
 """Optimizers and learning-rate schedules, from optax."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -8,42 +10,113 @@ import optax
 
 from unet_jax.types import InputError, PyTree, choose
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "rmsprop", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "poly", "plateau")
+
+LrScale = Mapping[str, float] | Sequence[tuple[str, float]]
+"""(pattern of parameter paths, factor), in order"""
 
 
 def _path(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(part, "key", part)) for part in path)
 
 
+def _meets(pattern: Sequence[str], path: Sequence[str]) -> bool:
+    """Whether a pattern's components match the leading ones of a path."""
+    if not pattern:
+        return True
+    first, rest = pattern[0], pattern[1:]
+    if first == "**":
+        return any(_meets(rest, path[i:]) for i in range(len(path) + 1))
+    return bool(path) and fnmatchcase(path[0], first) and _meets(rest, path[1:])
+
+
+def _last_match(params: PyTree, patterns: Sequence[str], key: str) -> PyTree:
+    """The number of the last pattern that matches each parameter, -1 for none."""
+    split = [pattern.strip("/").split("/") for pattern in patterns]
+    names = [_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern, parts in zip(patterns, split, strict=True):
+        if not any(_meets(parts, name.split("/")) for name in names):
+            tops = sorted({"/".join(n.split("/")[:2]) for n in names})
+            raise InputError(
+                f"{key} = {pattern!r} matches no parameter: use one of {tops},"
+                " a part of one, or a pattern such as '**/kernel'."
+            )
+
+    def last(path: tuple[Any, ...], _: Any) -> int:
+        name = _path(path).split("/")
+        return max(
+            (i for i, parts in enumerate(split) if _meets(parts, name)), default=-1
+        )
+
+    return jax.tree_util.tree_map_with_path(last, params)
+
+
 def is_frozen(params: PyTree, freeze: Sequence[str]) -> PyTree:
-    """Which parameters a path freezes.
+    """Which parameters the patterns freeze.
+
+    A pattern matches a path such as ``encoder/level0/conv0/kernel`` if it matches all
+    of it or a leading part that ends at a slash: ``encoder`` freezes all below it.
+    ``*``, ``?`` and ``[...]`` stay within one component, ``**`` is any number of
+    components: ``decoder/up*``, ``**/norm*``.
 
     Args:
         params: The parameters.
-        freeze: Paths as ``"encoder"`` or ``"encoder/level0"``; each freezes all below.
+        freeze: Patterns of their paths.
 
     Returns:
         The tree of ``params`` with a bool at each leaf.
 
     Raises:
-        InputError: A path that names no parameter.
+        InputError: A pattern that matches no parameter.
     """
+    numbers = _last_match(params, freeze, "optim.freeze")
+    return jax.tree.map(lambda i: i >= 0, numbers)
 
-    def below(name: str, path: str) -> bool:
-        return f"{name}/".startswith(path.strip("/") + "/")
 
-    names = [_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for path in freeze:
-        if not any(below(name, path) for name in names):
-            tops = sorted({"/".join(n.split("/")[:2]) for n in names})
-            raise InputError(
-                f"optim.freeze = {path!r} names no parameter: use one of {tops}"
-                " or a part of it."
-            )
-    return jax.tree_util.tree_map_with_path(
-        lambda p, _: any(below(_path(p), path) for path in freeze), params
-    )
+def _pairs(lr_scale: LrScale) -> list[tuple[str, float]]:
+    pairs = list(lr_scale.items() if isinstance(lr_scale, Mapping) else lr_scale)
+    for pair in pairs:
+        match pair:
+            case (str(), int() | float() as factor) if 0 < factor < math.inf:
+                continue
+            case (str() as pattern, 0 | 0.0):
+                raise InputError(
+                    f"optim.lr_scale of {pattern!r} is 0, which would still keep its"
+                    f" optimizer state: use optim.freeze=({pattern!r},)."
+                )
+        raise InputError(
+            f"optim.lr_scale has {pair!r} where a pair of a pattern and a positive"
+            " factor should be: write it as (('encoder', 0.1),)."
+        )
+    return pairs
+
+
+def _scaled(
+    tx: optax.GradientTransformation, lr_scale: LrScale
+) -> optax.GradientTransformation:
+    """``tx`` with the final update of the matched parameters times their factor.
+
+    Scaling the update is scaling the rate for every optimizer, decoupled weight decay
+    included. The state is that of ``tx``, so a run may go on with other factors.
+    """
+    pairs = _pairs(lr_scale)
+    patterns = [pattern for pattern, _ in pairs]
+    # No match is number -1, which is the last.
+    factors = [*(float(factor) for _, factor in pairs), 1.0]
+
+    def init(params: PyTree) -> optax.OptState:
+        _last_match(params, patterns, "optim.lr_scale")
+        return tx.init(params)
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
+        updates, state = tx.update(updates, state, params)
+        numbers = _last_match(updates, patterns, "optim.lr_scale")
+        return jax.tree.map(lambda u, i: u * factors[i], updates, numbers), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _schedule(
@@ -86,15 +159,21 @@ def build(
     warmup_steps: int = 0,
     power: float = 0.9,
     final_fraction: float = 0.0,
-    momentum: float = 0.99,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    betas: Sequence[float] = (0.9, 0.999),
+    alpha: float = 0.99,
+    eps: float = 1e-8,
     weight_decay: float = 0.0,
+    decay_all: bool = False,
     clip: float = 0.0,
     freeze: Sequence[str] = (),
+    lr_scale: LrScale = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """An optimizer with its schedule.
+    """An optimizer with its schedule; each computes what PyTorch's of its name does.
 
     Args:
-        name: ``sgd`` | ``adam`` | ``adamw``.
+        name: ``sgd`` | ``rmsprop`` | ``adam`` | ``adamw``.
         learning_rate: The peak.
         total_steps: Updates in all; where ``cosine`` and ``poly`` end.
         schedule: ``constant`` | ``cosine`` | ``poly`` | ``plateau``. ``plateau`` is
@@ -102,19 +181,47 @@ def build(
         warmup_steps: Updates of linear rise, from ``1 / warmup_steps`` of the peak.
         power: The exponent of ``poly``.
         final_fraction: Where ``cosine`` and ``poly`` end, as a part of the peak.
-        momentum: Of ``sgd``; the paper's is 0.99 (arXiv 1505.04597, section 3).
+        momentum: Of ``sgd``, by default the paper's 0.99 (arXiv 1505.04597, section
+            3), and of ``rmsprop``, by default 0 as in PyTorch.
+        nesterov: Nesterov's form of the momentum of ``sgd``.
+        betas: Of ``adam`` and ``adamw``: how slowly the averages of the gradient and
+            of its square forget.
+        alpha: Of ``rmsprop``: how slowly the average of the squared gradient forgets.
+        eps: Added to the root of that average; ``rmsprop``, ``adam`` and ``adamw``.
         weight_decay: Decoupled for ``adamw``, otherwise the L2 term of PyTorch's
             optimizers; on kernels only, never on biases or norms.
-        clip: The largest global norm of the gradient, 0 for none.
-        freeze: Paths of parameters that stay as they are, see `is_frozen`.
+        decay_all: Decay every parameter, as PyTorch does.
+        clip: The largest global norm of the gradient, 0 for none. PyTorch's
+            ``clip_grad_norm_`` adds 1e-6 to the norm it divides by, so that what it
+            clips is smaller by a factor of ``norm / (norm + 1e-6)``.
+        freeze: Patterns of parameters that stay as they are, see `is_frozen`; no
+            optimizer state is kept for them and ``clip`` does not count them.
+        lr_scale: Pairs ``(pattern, factor)``, or a mapping, with the patterns of
+            `is_frozen`: the learning rate of what they match is multiplied. Where
+            several match, the last one alone counts.
 
     Returns:
-        ``(tx, schedule)``; ``schedule(step)`` is the rate that ``tx`` uses.
+        ``(tx, schedule)``; ``schedule(step)`` is the rate that ``tx`` uses, before
+        ``lr_scale``.
 
     Raises:
-        InputError: An unknown name, or a warm-up longer than the run.
+        InputError: An unknown name, a warm-up longer than the run, Nesterov without
+            momentum, or a factor that is not positive. ``tx.init`` raises it for a
+            pattern that matches no parameter.
     """
     choose(OPTIMIZERS, name, "optim.name =")
+    if momentum is None:
+        momentum = 0.99 if name == "sgd" else 0.0
+    if nesterov and (name != "sgd" or not momentum):
+        raise InputError(
+            f"optim.nesterov = True does not go with optim.name = {name!r} and"
+            f" optim.momentum = {momentum}: leave it out, or use optim.name='sgd' with"
+            " a momentum above 0."
+        )
+    if len(betas) != 2:
+        raise InputError(
+            f"optim.betas = {tuple(betas)} must be two numbers, such as (0.9, 0.999)."
+        )
     rate = _schedule(
         schedule,
         learning_rate,
@@ -124,18 +231,30 @@ def build(
         final_fraction=final_fraction,
     )
 
-    def kernels(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+    def decayed(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda p: decay_all or p.ndim > 1, params)
 
+    first, second = betas
     if name == "sgd":
-        core = optax.sgd(rate, momentum=momentum)
+        core = optax.sgd(rate, momentum=momentum, nesterov=nesterov)
+    elif name == "rmsprop":
+        # Not optax.rmsprop, whose momentum gathers steps times their rates: PyTorch's
+        # gathers the steps and multiplies by the rate of now.
+        gather = [optax.trace(momentum)] if momentum else []
+        core = optax.chain(
+            optax.scale_by_rms(alpha, eps, eps_in_sqrt=False),
+            *gather,
+            optax.scale_by_learning_rate(rate),
+        )
     elif name == "adam":
-        core = optax.adam(rate)
+        core = optax.adam(rate, first, second, eps)
     else:
-        core = optax.adamw(rate, weight_decay=weight_decay, mask=kernels)
+        core = optax.adamw(
+            rate, first, second, eps, weight_decay=weight_decay, mask=decayed
+        )
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     if weight_decay and name != "adamw":
-        parts.append(optax.add_decayed_weights(weight_decay, mask=kernels))
+        parts.append(optax.add_decayed_weights(weight_decay, mask=decayed))
     tx = optax.chain(*parts, core)
     if freeze:
 
@@ -146,4 +265,6 @@ def build(
             )
 
         tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, label)
+    if lr_scale:
+        tx = _scaled(tx, lr_scale)
     return tx, rate
