@@ -33,10 +33,12 @@ ROWS = [
     {"geometry"},
     {"models"},
     {"training", "pictures", "tiles"},
+    {"torch_weights"},
     {"evaluation", "checkpoint"},
+    {"transfer"},
     {"predict", "overlay", "run"},
     {"predict_files", "report"},
-    {"pruning", "features", "diagram"},
+    {"pruning", "features", "diagram", "convert", "parity"},
     {"feature_sheet"},
     {"cli", "__init__"},
     {"__main__"},
@@ -44,6 +46,7 @@ ROWS = [
 # Used where they are needed, not by whoever imports the package.
 LATE = ["tensorflow_datasets", "torch", "matplotlib", "scipy", "tifffile", "nibabel"]
 LATE += ["orbax", "grain", "PIL", "tensorboardX", "ml_collections", "configs"]
+LATE += ["safetensors"]
 
 
 def _modules():
