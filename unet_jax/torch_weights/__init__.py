@@ -424,7 +424,7 @@ def state_dict(
         assert again.net
         whole = again.net.layout | layout
         for key in list(tensors):
-            tensors |= {alias: tensors[key] for alias in found.aliases(key, whole)}
+            tensors |= dict.fromkeys(found.aliases(key, whole), tensors[key])
     return tensors
 
 
