@@ -347,18 +347,32 @@ def test_what_does_not_fit_is_refused_and_named():
     assert "model.act = 'wrong'" in _refusal(weights, act="wrong")
 
 
-def test_a_net_that_the_family_has_not_is_not_written():
-    model = models.build("unet", num_classes=2, features=(4, 6), block="residual")
+SMALL = {"num_classes": 2, "features": (4, 6)}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "says"),
+    [
+        ("milesial", {"block": "residual"}, "decoder/level0/shortcut"),
+        # The same names and shapes, and other numbers:
+        ("mateuszbuda", {"merge": "concat"}, "merge = 'concat' and not 'concat_up"),
+        ("mateuszbuda", {"merge": "concat_up_first", "act": "silu"}, "act = 'silu'"),
+        ("milesial", {"padding": "reflect", "order": "can"}, "order = 'can'"),
+    ],
+)
+def test_a_net_that_the_family_has_not_is_not_written(family, fields, says):
+    model = models.build("unet", **SMALL, **fields)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    with pytest.raises(InputError):
-        torch_weights.state_dict(model, variables, "milesial")
-    model = models.build("unet", num_classes=2, features=(4, 6))
+    with pytest.raises(InputError) as refused:
+        torch_weights.state_dict(model, variables, family)
+    assert says in str(refused.value)
+
+
+def test_variables_of_another_net_are_not_written():
+    model = models.build("unet", **SMALL)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(InputError, match="not those of the net"):
-        torch_weights.state_dict(
-            model.clone(conv_bias=True),
-            model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))),
-            "milesial",
-        )
+        torch_weights.state_dict(model.clone(conv_bias=True), variables, "milesial")
 
 
 def test_our_own_net_is_written_for_pytorch_and_read_again():

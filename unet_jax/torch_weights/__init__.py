@@ -9,7 +9,6 @@ one entry for each kind of net; docs/torch.md lists them with what was verified.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax import models
 from unet_jax.models import UNet
 from unet_jax.torch_weights import (
     blog_valid,
@@ -40,12 +38,18 @@ from unet_jax.torch_weights import (
     tutorial_unetpp,
     usuyama,
 )
-from unet_jax.torch_weights.family import Family, Net, Shapes, listed
+from unet_jax.torch_weights.family import Family, Shapes, listed
+from unet_jax.torch_weights.matching import (
+    Try,
+    by_names,
+    refusal,
+    take_as,
+    written_as,
+)
 from unet_jax.torch_weights.tensors import (
     Linear,
     Names,
     Plan,
-    counters,
     image_of,
     plan,
     to_tensors,
@@ -163,18 +167,18 @@ def read(
         family = family.replace("-", "_")
         choose(FAMILIES, family, "family =")
     stages = list(containers.unwrapped(tensors))
-    tries: list[_Try] = []
+    tries: list[Try] = []
     for _, stage, outside in stages:
         if names is not None and model is not None:
-            tries.append(_by_names(stage, outside, names, model, where))
+            tries.append(by_names(stage, outside, names, model))
             continue
         shapes = Shapes({key: value.shape for key, value in stage.items()})
         for candidate in FAMILIES.values():
             if family in (None, candidate.name) and candidate.recognises(shapes):
-                tries.append(_try(candidate, shapes, stage, outside, options))
+                tries.append(take_as(candidate, stage, outside, options))
     good = [found for found in tries if not found.problem]
     if not good:
-        raise InputError(_refusal(where, family, tries, stages))
+        raise InputError(refusal(where, family, tries, stages, FAMILIES))
     kinds = {found.family.name for found in good if found.family}
     if len(kinds) > 1:
         raise InputError(
@@ -182,19 +186,6 @@ def read(
             " (family=, --family=)."
         )
     return _imported(good[0], dropped)
-
-
-class _Try(NamedTuple):
-    """A checkpoint taken for one of a family."""
-
-    problem: str
-    weight: int  # how much does not fit
-    family: Family | None
-    model: UNet | None = None
-    plan: Plan | None = None
-    net: Net | None = None
-    tensors: Mapping[str, NumpyArray] | None = None
-    dropped: tuple[str, ...] = ()
 
 
 def _array(value: Any) -> NumpyArray:
@@ -207,137 +198,7 @@ def _array(value: Any) -> NumpyArray:
     return np.asarray(value)
 
 
-def _try(
-    family: Family,
-    shapes: Shapes,
-    tensors: Mapping[str, NumpyArray],
-    outside: tuple[str, ...],
-    options: Mapping[str, Any],
-) -> _Try:
-    ignored = family.ignored
-    kept = Shapes(
-        {
-            key: shape
-            for key, shape in shapes.items()
-            if not key.endswith("num_batches_tracked")
-        }
-    )
-    try:
-        net = family.read(kept, **options)
-        if net.rank not in (2, 3):
-            return _Try(f"its images have {net.rank} axes, not 2 or 3", 10**6, family)
-        model = models.build("unet", **net.fields)
-        names = family.names(model, net.rank, **net.layout)
-        own = plan(model, names, channels=net.channels, rank=net.rank)
-    except InputError as error:
-        return _Try(str(error), 10**6, family)
-    except TypeError as error:
-        return _Try(
-            f"the options {sorted(options)} do not fit: {error}.", 10**6, family
-        )
-    return _checked(family, own, model, net, tensors, outside, ignored)
-
-
-def _by_names(
-    tensors: Mapping[str, NumpyArray],
-    outside: tuple[str, ...],
-    names: Names,
-    model: UNet,
-    where: str,
-) -> _Try:
-    """A net in no family, by a table of the user's own."""
-    weights = [(p, tensors.get(f"{n}.weight")) for p, n in names.items()]
-    first = [
-        value
-        for path, value in weights
-        if value is not None and value.ndim > 3 and path.startswith("encoder/")
-    ]
-    if not first:
-        return _Try(
-            "none of the names leads to a convolution of the encoder", 10**6, None
-        )
-    channels, rank = first[0].shape[1], first[0].ndim - 2
-    net = Net(models.fields(model), channels, rank, {"names": dict(names)})
-    own = plan(model, names, channels=channels, rank=rank)
-    return _checked(None, own, model, net, tensors, outside, "")
-
-
-def _checked(
-    family: Family | None,
-    own: Plan,
-    model: UNet,
-    net: Net,
-    tensors: Mapping[str, NumpyArray],
-    outside: tuple[str, ...],
-    ignored: str,
-) -> _Try:
-    """Whether tensors and plan are one to one."""
-    taken, missing, shaped, spare = dict[str, NumpyArray](), [], [], set(tensors)
-    unlike = []
-    for key, entry in own.items():
-        others = family.aliases(key, net.layout) if family else ()
-        copies = [name for name in (key, *others) if name in tensors]
-        spare -= set(copies)
-        if not copies:
-            missing.append(key)
-            continue
-        value = taken[key] = tensors[copies[0]]
-        if value.shape != entry.shape:
-            shaped.append(f"{copies[0]} {value.shape} and not {entry.shape}")
-        unlike += [k for k in copies[1:] if not _same(tensors[k], value)]
-    counts = {key for key in spare if key.endswith("num_batches_tracked")}
-    extra = {key for key in spare if ignored and re.fullmatch(ignored, key)}
-    unused = [key for key in tensors if key in spare - counts - extra]
-    parts = [
-        f"{what} {listed(found)}"
-        for what, found in (
-            ("it lacks", missing),
-            ("it has no place for", unused),
-            ("of another shape are", shaped),
-            ("aliases that differ from what they repeat are", unlike),
-        )
-        if found
-    ]
-    weight = sum(map(len, (missing, unused, shaped, unlike)))
-    dropped = (*(key for key in tensors if key in extra), *outside)
-    named = {**tensors, **taken}  # also where the file has but an alias
-    return _Try("; ".join(parts), weight, family, model, own, net, named, dropped)
-
-
-def _same(a: NumpyArray, b: NumpyArray) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-def _refusal(
-    where: str,
-    family: str | None,
-    tries: list[_Try],
-    stages: list[Any],
-) -> str:
-    """The sentence for a checkpoint that nothing fits."""
-    if tries:
-        best = min(tries, key=lambda found: found.weight)
-        name = f"a {best.family.name} net" if best.family else "the net of the table"
-        return f"{where} does not hold {name}: {best.problem}."
-    shapes = [
-        Shapes({key: value.shape for key, value in stage.items()})
-        for _, stage, _ in stages
-    ]
-    known = [f.name for f in FAMILIES.values() if any(map(f.recognises, shapes))]
-    if family is not None:
-        hint = f"it looks like {listed(known)}" if known else "nor any other known"
-        return (
-            f"{where} is not of the family {family!r} ({hint}): its tensors are"
-            f" {listed(list(stages[0][1]))}."
-        )
-    return (
-        f"{where} is of no family that is known ({', '.join(FAMILIES)}): its tensors"
-        f" are {listed(list(stages[0][1]))}; give the net and a table of names"
-        " (docs/torch.md)."
-    )
-
-
-def _imported(found: _Try, dropped: tuple[str, ...]) -> Imported:
+def _imported(found: Try, dropped: tuple[str, ...]) -> Imported:
     assert found.net and found.model and found.plan and found.tensors is not None
     dtypes = {found.tensors[key].dtype.name for key in found.plan}
     return Imported(
@@ -409,22 +270,18 @@ def state_dict(
     if names is None:
         found = choose(FAMILIES, family.replace("-", "_"), "family =")
         names = found.names(model, rank, **layout)
-    own = plan(model, names, channels=channels, rank=rank)
+    own = plan(model, names or {}, channels=channels, rank=rank)
     _check_owned(own, variables)
     kind = None if dtype is None else jnp.dtype(dtype)
     tensors = to_tensors(own, variables, kind)
     if found is not None:
-        # A net that the family could not have written would be read as another one.
-        shapes = Shapes({k: v.shape for k, v in tensors.items()})
-        again = _try(found, shapes, tensors, (), {})
-        if again.problem or again.weight:
+        problem, whole = written_as(found, model, tensors)
+        if problem:
             raise InputError(
-                f"this net is none of the family {found.name!r}: {again.problem}."
+                f"this net is none of the family {found.name!r}: {problem}."
             )
-        assert again.net
-        whole = again.net.layout | layout
         for key in list(tensors):
-            tensors |= dict.fromkeys(found.aliases(key, whole), tensors[key])
+            tensors |= dict.fromkeys(found.aliases(key, whole | layout), tensors[key])
     return tensors
 
 

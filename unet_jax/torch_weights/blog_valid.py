@@ -61,4 +61,5 @@ FAMILY = Family(
     read=_read,
     names=_names,
     options={"crop": "centre", "order": "skip_first"},
+    free=("fit", "merge"),
 )

@@ -80,6 +80,7 @@ class Family:
     read: Callable[..., Net]
     names: Callable[..., Names]
     options: Mapping[str, Any] = field(default_factory=dict)
+    free: tuple[str, ...] = ()
     aliases: Callable[[str, dict[str, Any]], tuple[str, ...]] = lambda key, layout: ()
     ignored: str = ""
     sigmoid: bool = False

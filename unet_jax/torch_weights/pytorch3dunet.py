@@ -167,5 +167,6 @@ FAMILY = Family(
         "num_groups": 8,
         "upsample": "default",
     },
+    free=("act", "act_slope", "block", "order", "up", "norm_groups"),
     sigmoid=True,
 )

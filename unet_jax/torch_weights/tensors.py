@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unet_jax import models
-from unet_jax.layers import UnbiasedBatchNorm
 from unet_jax.models import UNet
 from unet_jax.resample import PixelShuffle, UpConv, WideUpConv
 from unet_jax.types import InputError, NumpyArray, PyTree
@@ -70,7 +69,8 @@ _LEAVES = {
     "kernel": "weight",
     "negative_slope": "weight",
 }
-_BATCH_NORMS = (nn.BatchNorm, UnbiasedBatchNorm)
+FIRST = ("conv_stem", "project", "conv0")
+"""What the first convolution of an encoder, or of a block, may be called."""
 
 
 class Module(NamedTuple):
@@ -106,7 +106,7 @@ def image_of(model: UNet, variables: PyTree) -> tuple[int, int]:
     found = [
         block[name]["kernel"].shape[-2]
         for block in blocks
-        for name in ("conv_stem", "project", "conv0")
+        for name in FIRST
         if name in block
     ]
     if not kernels or not found:
