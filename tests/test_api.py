@@ -30,7 +30,7 @@ ROWS = [
     {"augment", "data", "resample", "bottlenecks"},
     {"blocks", "merges"},
     {"encoders", "decoders"},
-    {"geometry"},
+    {"geometry", "checks"},
     {"models"},
     {"training", "pictures", "tiles"},
     {"torch_weights"},

@@ -12,7 +12,6 @@ what is not returned from ``aux`` costs nothing: take ``[0]`` inside the jit.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,12 +22,12 @@ import jax.numpy as jnp
 
 from unet_jax.blocks import BLOCKS, EXCITES, excite_factory
 from unet_jax.bottlenecks import BOTTLENECKS
-from unet_jax.decoders import DECODERS, FITS
+from unet_jax.checks import check, chosen, class_of, has_field
+from unet_jax.decoders import DECODERS
 from unet_jax.encoders import ENCODERS
 from unet_jax.geometry import Ascent, Axis
 from unet_jax.layers import (
     INITIALISERS,
-    PADDINGS,
     Factory,
     Kit,
     act_factory,
@@ -168,7 +167,7 @@ class UNet(nn.Module):
     @property
     def nested(self) -> bool:
         """Whether each level of the decoder ends in a map of full size (UNet++)."""
-        return _class(_choice(DECODERS, self.decoder, "decoder")).nested
+        return class_of(chosen(DECODERS, self.decoder, "decoder")).nested
 
     @nn.compact
     def __call__(
@@ -245,11 +244,6 @@ class _Parts:
     decoder: Factory
 
 
-def _choice(table: Mapping[str, Any], value: Any, field: str) -> Any:
-    """A part by its name, or the part itself."""
-    return choose(table, value, f"model.{field} =") if isinstance(value, str) else value
-
-
 def _again(block: Factory) -> Factory:
     """A block that is computed again in the backward pass; its names stay."""
     if isinstance(block, partial):
@@ -269,7 +263,7 @@ def _parts(model: UNet, rank: int, *, train: bool) -> _Parts:
         dense=dense,
         norm=norm_factory(model.norm, train=train, groups=model.norm_groups),
         act=act_factory(model.act, slope=model.act_slope),
-        excite=excite_factory(_choice(EXCITES, model.excite, "excite"), dense),
+        excite=excite_factory(chosen(EXCITES, model.excite, "excite"), dense),
         up_conv=partial(
             up_convolution, use_bias=model.up_bias, kernel_init=init, dtype=dtype
         ),
@@ -290,8 +284,8 @@ def _parts(model: UNet, rank: int, *, train: bool) -> _Parts:
         units: Sequence[int],
         levels: int,
     ) -> tuple[Factory, ...]:
-        block = _choice(BLOCKS, value, field)
-        skipless = field == "decoder_block" and _has(block, "skipless")
+        block = chosen(BLOCKS, value, field)
+        skipless = field == "decoder_block" and has_field(block, "skipless")
         made = []
         for level in range(levels):
             options: dict[str, Any] = {"units": units[level]} if units else {}
@@ -302,22 +296,22 @@ def _parts(model: UNet, rank: int, *, train: bool) -> _Parts:
         return tuple(made)
 
     supervised = model.deep_supervision
-    up = _choice(UPS, model.up, "up")
-    merge = _choice(MERGES, model.merge, "merge")
+    up = chosen(UPS, model.up, "up")
+    merge = chosen(MERGES, model.merge, "merge")
     dropout = partial(nn.Dropout, model.dropout, deterministic=not train)
-    bottleneck = _choice(BOTTLENECKS, model.bottleneck, "bottleneck")
+    bottleneck = chosen(BOTTLENECKS, model.bottleneck, "bottleneck")
     whole = depth == len(model.features) - 1
     encoder = partial(
-        _choice(ENCODERS, model.encoder, "encoder"),
+        chosen(ENCODERS, model.encoder, "encoder"),
         features=model.features[: depth + 1],
         kit=kit,
         blocks=blocks(model.block, "block", kernels, model.units, depth + 1),
         strides=tuple(strides[:depth]),
-        pool=_choice(DOWNS, model.down, "down"),
+        pool=chosen(DOWNS, model.down, "down"),
         dropout=dropout if model.dropout else None,
         dropout_from=len(model.features) - model.dropout_levels,
     )
-    decoder = _choice(DECODERS, model.decoder, "decoder")
+    decoder = chosen(DECODERS, model.decoder, "decoder")
     if model.head_kernel == 0:
         decoder = partial(decoder, bare=True)
     heads = (depth if model.heads is None else model.heads) if supervised else 1
@@ -343,205 +337,6 @@ def _parts(model: UNet, rank: int, *, train: bool) -> _Parts:
         supervised=heads,
     )
     return _Parts(kit, encoder, bottleneck if whole else None, decoder)
-
-
-# --- What no net can have ------------------------------------------------------------
-
-
-def _refuse(field: str, value: Any, remedy: str) -> InputError:
-    return InputError(f"model.{field} = {value!r} {remedy}")
-
-
-def check(model: UNet) -> None:
-    """Refuses fields that no net can have.
-
-    Raises:
-        InputError: Names the field and what it may be.
-    """
-    encoder = _choice(ENCODERS, model.encoder, "encoder")
-    decoder = _choice(DECODERS, model.decoder, "decoder")
-    block = _choice(BLOCKS, model.block, "block")
-    decoder_block = _choice(BLOCKS, model.decoder_block or "plain", "decoder_block")
-    for field, table in (
-        ("bottleneck", BOTTLENECKS),
-        ("down", DOWNS),
-        ("up", UPS),
-        ("merge", MERGES),
-        ("excite", EXCITES),
-        ("padding", PADDINGS),
-        ("kernel_init", INITIALISERS),
-        ("dtype", ("float32", "bfloat16", "float64")),
-        ("up_features", ("level", "input")),
-        ("fit", FITS),
-    ):
-        value = getattr(model, field)
-        if isinstance(value, str):
-            choose(table, value, f"model.{field} =")
-    act_factory(model.act, slope=model.act_slope)
-    norm_factory(model.norm, train=False)
-    _class(encoder).check(model)
-    _check_sizes(model)
-    _check_depth(model)
-    widths = [n for n in (*model.features, *(model.decoder_features or ())) if n]
-    if model.norm_groups < 1:
-        raise _refuse("norm_groups", model.norm_groups, "must be 1 or more: use 8.")
-    if model.norm == "group" and any(
-        n % model.norm_groups for n in widths if n > model.norm_groups
-    ):
-        raise InputError(
-            f"model.norm_groups = {model.norm_groups} does not divide each of"
-            f" model.features = {tuple(widths)}: use {math.gcd(*widths)}, or a divisor"
-            " of it."
-        )
-    if sorted(model.order) != sorted("cna"):
-        raise _refuse("order", model.order, "must have each of c, n and a once: cna.")
-    if model.order != "cna":
-        for field, part in (("block", block), ("decoder_block", decoder_block)):
-            fixed = _class(part).fixed_order
-            if fixed:
-                raise _refuse(
-                    "order",
-                    model.order,
-                    f"is for plain blocks: model.{field} = {getattr(model, field)!r}"
-                    f" has its own ({fixed}); use order = 'cna'.",
-                )
-    if not 0.0 <= model.dropout < 1.0:
-        raise _refuse("dropout", model.dropout, "must be in [0, 1).")
-    up = _class(_choice(UPS, model.up, "up"))
-    if model.padding == "valid" and getattr(up, "same_only", False):
-        raise _refuse(
-            "up", model.up, "pads by itself: use padding = 'same', or up = 'transpose'."
-        )
-    bare = _has(decoder, "bare")
-    if model.head_kernel % 2 == 0 and not (bare and model.head_kernel == 0):
-        raise _refuse("head_kernel", model.head_kernel, "must be an odd number: 1.")
-    if model.head_kernel == 0 and (model.decoder_features or (0,))[0] != (
-        model.num_classes
-    ):
-        raise _refuse(
-            "head_kernel",
-            0,
-            "leaves the logits to the decoder's finest level: model.decoder_features"
-            f" must begin with {model.num_classes}, the number of classes.",
-        )
-
-
-def _class(factory: Any) -> Any:
-    """The module that a factory makes."""
-    while isinstance(factory, partial):
-        factory = factory.func
-    return factory
-
-
-def _has(factory: Any, field: str) -> bool:
-    """Whether what a factory makes has a field."""
-    return field in getattr(_class(factory), "__dataclass_fields__", {})
-
-
-def _check_sizes(model: UNet) -> None:
-    levels = len(model.features)
-    if model.decoder_features is None:
-        if 0 in model.features:
-            raise _refuse(
-                "decoder_features",
-                None,
-                f"leaves open what the level without features in model.features ="
-                f" {model.features} has in the decoder: give {levels - 1} numbers, such"
-                f" as {tuple(16 * 2**i for i in range(levels - 1))}.",
-            )
-    elif len(model.decoder_features) != levels - 1 or min(model.decoder_features) < 1:
-        raise _refuse(
-            "decoder_features",
-            model.decoder_features,
-            f"must be {levels - 1} numbers above 0, one for each level of"
-            f" model.features = {model.features} but the last.",
-        )
-    for field, part in (("units", model.block), ("decoder_units", model.decoder_block)):
-        block = _choice(BLOCKS, part or model.block, "block")
-        if getattr(model, field) and not _has(block, "units"):
-            raise _refuse(
-                field,
-                getattr(model, field),
-                "is for blocks of any number of units, such as plain: leave it out.",
-            )
-    if isinstance(model.up_features, tuple) and (
-        len(model.up_features) != levels - 1 or min(model.up_features) < 1
-    ):
-        raise _refuse(
-            "up_features",
-            model.up_features,
-            f"must have {levels - 1} numbers above 0, one for each level of"
-            f" model.features = {model.features} but the last; or be 'level'.",
-        )
-    for field, count, ok, what in (
-        ("kernels", levels, lambda n: n > 0 and n % 2 == 1, "odd number"),
-        ("decoder_kernels", levels - 1, lambda n: n > 0 and n % 2 == 1, "odd number"),
-        ("strides", levels - 1, lambda n: n > 0, "number above 0"),
-        ("units", levels, lambda n: n > 0, "number above 0"),
-        ("decoder_units", levels - 1, lambda n: n >= 0, "number from 0 on"),
-    ):
-        value = getattr(model, field)
-        numbers = [
-            n
-            for entry in value
-            for n in ((entry,) if isinstance(entry, int) else entry)
-        ]
-        if value and (len(value) != count or not all(ok(n) for n in numbers)):
-            raise _refuse(
-                field,
-                value,
-                f"must have {count} entries for {levels} levels, each an {what} or one"
-                " for each axis; or be empty.",
-            )
-
-
-def _check_depth(model: UNet) -> None:
-    depth, nested = len(model.features) - 1, model.nested
-    if not nested:
-        if model.level is not None:
-            raise _refuse(
-                "level",
-                model.level,
-                "is for decoder = 'unetpp', whose levels all end at full size: use"
-                " None.",
-            )
-        if model.deep_supervision and model.padding == "valid":
-            raise _refuse(
-                "deep_supervision",
-                True,
-                "of a decoder other than 'unetpp' has heads on coarser levels, which"
-                " padding = 'valid' leaves without a size in common: use 'same'.",
-            )
-    elif model.merge == "none":
-        raise _refuse(
-            "merge",
-            model.merge,
-            "leaves most nodes of decoder = 'unetpp' without any effect: use decoder ="
-            " 'unet' to see what skips do.",
-        )
-    most = depth if not nested else 0
-    if model.heads is not None and not 1 <= model.heads <= most:
-        raise _refuse(
-            "heads",
-            model.heads,
-            f"must be in 1 to {most}, the levels of the decoder: leave it out for all."
-            if most
-            else "is not for decoder = 'unetpp', all of whose levels have one.",
-        )
-    if model.level is not None:
-        if not 1 <= model.level <= depth:
-            raise _refuse(
-                "level", model.level, f"must be in 1 to {depth}, the depth of the net."
-            )
-        if model.level < depth and not model.deep_supervision:
-            raise _refuse(
-                "level",
-                model.level,
-                f"needs a head there, and without deep_supervision only level {depth}"
-                " has one: train with deep_supervision = True.",
-            )
-    if not 0 <= model.remat <= depth + 1:
-        raise _refuse("remat", model.remat, f"must be in 0 to {depth + 1}, the levels.")
 
 
 # --- Sizes ---------------------------------------------------------------------------
@@ -582,7 +377,7 @@ def check_joins(model: UNet) -> None:
     Raises:
         InputError: The decoder is ``late_up``, of which no fields are computed.
     """
-    if _class(_choice(DECODERS, model.decoder, "decoder")) is DECODERS["late_up"]:
+    if class_of(chosen(DECODERS, model.decoder, "decoder")) is DECODERS["late_up"]:
         raise InputError(
             "model.decoder = 'late_up' joins a skip before it up-samples, and cannot be"
             " drawn or followed pixel by pixel: use it to predict, train and convert."
