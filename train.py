@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from unet_jax import normalisation, report, sharding
-from unet_jax.checkpoint import Checkpoints, check_same_run
+from unet_jax.checkpoint import Checkpoints, check_same_run, stored_meta
 from unet_jax.evaluation import Progress, score_of
 from unet_jax.log import Meter, RunLog, replace_file
 from unet_jax.run import Run, build
@@ -71,6 +71,15 @@ def describe(run: Run) -> None:
     """Prints what is trained on what."""
     dataset, train = run.dataset, run.config["train"]
     size = size_text(train["crop"])
+    kind = run.meta.normalisation["kind"]
+    if run.start is not None:
+        say(run.start.text)
+        theirs = run.start.normalisation.get("kind", kind)
+        if theirs != kind:
+            say(
+                f"note: the weights were trained with data.normalisation={theirs}, and"
+                f" this run has {kind}"
+            )
     say(
         f"data: {len(dataset.train)} training and {len(dataset.evaluation)} evaluation"
         f" examples, {dataset.dtype}, {dataset.channels} channel(s);"
@@ -136,7 +145,8 @@ def train_and_evaluate(
     mesh = sharding.make_mesh(**config["mesh"])
     kind = mesh.devices.flat[0].device_kind
     say(f"{jax.default_backend()}: {kind}, {mesh.size} device(s) used")
-    run = build(config, mesh)
+    stored = None if workdir is None else stored_meta(workdir)
+    run = build(config, mesh, stored)
     run = dataclasses.replace(run, eval_step=announced(run.eval_step))
     describe(run)
     whole = sharding.replicated(mesh)
@@ -166,7 +176,7 @@ def train_and_evaluate(
             state = checkpoints.restore(start, shapes)
             say(f"going on from step {start} of {workdir}")
         else:
-            state = run.init()
+            state = run.begin()
         text = json.dumps(run.meta.to_json()["config"], indent=2) + "\n"
         replace_file(workdir / "config.json", text.encode())
         log = RunLog(workdir, resume_step=start)

@@ -345,6 +345,7 @@ def test_what_does_not_fit_is_refused_and_named():
     assert "of no family that is known" in sentence and "a.weight" in sentence
     assert "options ['colour']" in _refusal(weights, colour="red")
     assert "model.act = 'wrong'" in _refusal(weights, act="wrong")
+    assert "up-convolutions, and the file has them" in _refusal(weights, up="nearest")
 
 
 SMALL = {"num_classes": 2, "features": (4, 6)}

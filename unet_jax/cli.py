@@ -28,6 +28,15 @@ What is written, in the size of the input:
 """
 
 
+_CONVERT = """\
+  unet-jax convert unet.pth --out=runs/unet --classes=background,cell
+  unet-jax convert unet.pth --out=runs/unet --mean=0.485,0.456,0.406 \\
+      --std=0.229,0.224,0.225
+  unet-jax convert unet.pth --check=image.png --module="unet.py:UNet(3, 2)"
+  unet-jax convert runs/unet --out=back.safetensors
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
@@ -35,17 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a user's mistake.
+        The exit status: 0, 2 for a user's mistake, or 1 for a check that failed.
     """
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     arguments.changes = [text for text in unknown if text.startswith("--config.")]
-    if unknown and (arguments.changes != unknown or not hasattr(arguments, "config")):
+    free = arguments.run is _shapes or getattr(arguments, "config", None) is not None
+    if unknown and (arguments.changes != unknown or not free):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     from unet_jax.types import InputError
 
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except InputError as error:
         sys.stdout.flush()
         print(f"unet-jax: error: {error}", file=sys.stderr)
@@ -53,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unet-jax: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_evaluate(commands)
     _add_prune(commands)
+    _add_convert(commands)
     _add_shapes(commands)
     _add_features(commands)
     return parser
@@ -141,6 +151,70 @@ def _add_prune(commands: Any) -> None:
     command.set_defaults(run=_prune)
 
 
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="PyTorch weights to a workdir, and back",
+        description="Makes a workdir of a PyTorch checkpoint, for predict, evaluate\n"
+        "and train.py; or a file for PyTorch of a workdir. Without --out it says what\n"
+        "is in the file. Nothing there is executed; PyTorch is needed for --check,\n"
+        "and to write .pth.",
+        epilog=_CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "weights", metavar="WEIGHTS", help="a .pth, .pt, .ckpt, .safetensors; a workdir"
+    )
+    add("--out", metavar="PATH", help="a new workdir; or x.safetensors, x.pth")
+    add("--family", metavar="NAME", help="of docs/torch.md (recognised)")
+    group = command.add_argument_group("PyTorch to a workdir")
+    add = group.add_argument
+    add(
+        "--option",
+        action="append",
+        metavar="KEY=VALUE",
+        help="of the family, what its weights do not say; may be repeated",
+    )
+    add(
+        "--classes",
+        metavar="NAMES",
+        help="background,cell; or a number. If the net has another number, its head"
+        " starts anew",
+    )
+    add("--task", help="classes (softmax) or labels (sigmoid)")
+    add(
+        "--normalisation",
+        metavar="KIND",
+        help="range (white is 1), standard, or example (range)",
+    )
+    add("--mean", metavar="M,M,M", help="that the net was trained with, of 0..1 pixels")
+    add("--std", metavar="S,S,S", help="likewise")
+    add("--config", metavar="FILE", help="a config of train.py: its data and loss")
+    add("--seed", type=int, default=0, metavar="N", help="of what starts anew (0)")
+    group = command.add_argument_group("a workdir to PyTorch")
+    add = group.add_argument
+    add("--dtype", help="float32, float16, bfloat16, float64 (that it came in)")
+    add("--which", type=_which, help="checkpoint: best, latest or a step (best)")
+    group = command.add_argument_group("comparing with PyTorch")
+    add = group.add_argument
+    add("--check", metavar="IMAGE", help="compare every layer on this image")
+    add(
+        "--module",
+        metavar="FILE.py:EXPRESSION",
+        help="with your own net, such as 'unet.py:UNet(3, 2)', from end to end; this"
+        " RUNS the code of that file",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=2e-5,
+        metavar="PART",
+        help="of a layer's largest value (2e-5)",
+    )
+    command.set_defaults(run=_convert)
+
+
 def _add_shapes(commands: Any) -> None:
     command = commands.add_parser(
         "shapes",
@@ -188,6 +262,7 @@ def _add_split(command: argparse.ArgumentParser) -> None:
         help="evaluation or train, as in the run's config, or a split such as test or"
         " 'train[:20%%]' (evaluation)",
     )
+    add("--config", metavar="FILE", help="a config of train.py: other data and loss")
     add("--root", metavar="DIR", help="where the data is now, if it has moved")
     add(
         "--empty",
@@ -269,7 +344,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     pruning.check(model, arguments.workdir)
     if arguments.level is not None:
         choose(range(1, model.depth + 1), arguments.level, "--level =")
-    source, split = _open_split(meta, arguments.split, arguments.root)
+    meta, source, split = _open_split(meta, arguments)
     image = source[0]["image"]
     levels = pruning.measure(
         model,
@@ -290,6 +365,135 @@ def _prune(arguments: argparse.Namespace) -> None:
         chosen = levels[arguments.level - 1]
         where = pruning.write(chosen, meta, step, arguments.out)
         print(f"level {arguments.level} is written to {where}: predict with it")
+
+
+# --- convert -------------------------------------------------------------------------
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from unet_jax import convert, torch_weights
+    from unet_jax.types import InputError
+
+    names = ("option", "classes", "task", "normalisation", "mean", "std", "config")
+    inward = (*names, "check", "module")
+    back = Path(arguments.weights).is_dir()
+    for name in inward if back else ("dtype", "which"):
+        if getattr(arguments, name) is not None:
+            what = "a workdir" if back else "a file of weights"
+            raise InputError(
+                f"--{name} is not for {what} such as {arguments.weights}: leave it out."
+            )
+    if back:
+        if arguments.out is None:
+            raise InputError(
+                f"{arguments.weights} is a workdir: say which file to write for"
+                " PyTorch, such as --out=back.safetensors."
+            )
+        options = {"family": arguments.family, "dtype": arguments.dtype}
+        which = arguments.which or "best"
+        print(convert.file(arguments.weights, arguments.out, which=which, **options))
+        return 0
+    if arguments.module is not None and arguments.check is None:
+        raise InputError("--module needs an image to compare on: give --check=IMAGE.")
+    if arguments.out is not None:
+        convert.check_free(arguments.out)
+    found = torch_weights.read(
+        arguments.weights, arguments.family, **_options(arguments.option or ())
+    )
+    print(convert.summary(found, arguments.weights), flush=True)
+    classes = arguments.classes
+    meta = convert.meta_of(
+        found,
+        arguments.weights,
+        classes=None if classes is None else convert.parse_classes(classes),
+        task=arguments.task,
+        kind=arguments.normalisation,
+        mean=_numbers("mean", arguments.mean),
+        std=_numbers("std", arguments.std),
+        config=_config(arguments),
+    )
+    if arguments.check is not None and not _check(found, meta, arguments):
+        if arguments.out is not None:
+            print(f"{arguments.out} is not written")
+        return 1
+    if arguments.out is None:
+        if arguments.check is None:
+            print("nothing is written: give --out=DIR for a workdir")
+        return 0
+    anew = convert.workdir(found, meta, arguments.out, seed=arguments.seed)
+    print(convert.written(found, meta, arguments.out, anew))
+    return 0
+
+
+def _check(found: Any, meta: "Meta", arguments: argparse.Namespace) -> bool:
+    """Prints the comparison with PyTorch; whether all layers agree."""
+    import jax
+
+    from unet_jax import feature_sheet, parity
+    from unet_jax.predict import Predictor
+    from unet_jax.types import size_text
+
+    there = parity.torch()
+    predictor = Predictor.from_model(found.model, found.variables, meta)
+    image = feature_sheet.read(predictor, arguments.check)
+    pixels = predictor.prepare(image, name=arguments.check)
+    given = parity.prepared(found.model, pixels, meta.normalisation)
+    size, version = size_text(given.shape[1:]), there.__version__
+    kind = jax.devices()[0].device_kind
+    print(f"\n{arguments.check}, as the net gets it ({size}),")
+    print(f"in JAX ({kind}) and in PyTorch {version} (cpu),", end=" ")
+    if arguments.module is None:
+        print(
+            "each layer by itself:\nthere with the file's own tensors, on what it gets"
+            " here. What lies between the layers\n(activations, pooling, interpolation,"
+            " joining) is not compared: --module does that."
+        )
+        rows = parity.layers(found, given)
+    else:
+        print(f"from end to end, in the\norder of execution of {arguments.module}:")
+        rows = parity.modules(found, parity.load_module(arguments.module), given)
+    print(f"\n{parity.table(rows, arguments.tolerance)}\n")
+    print(parity.verdict(rows, arguments.tolerance), flush=True)
+    return parity.first_over(rows, arguments.tolerance) is None
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` as options of a family."""
+    from unet_jax.types import InputError
+
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--option={text} must be --option=KEY=VALUE.")
+        options[key] = _literal(value)
+    return options
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...]:
+    """``0.5,0.5,0.5`` -> numbers."""
+    from unet_jax.types import InputError
+
+    if text is None:
+        return ()
+    try:
+        return tuple(float(part) for part in text.strip("()[] ").split(","))
+    except ValueError as error:
+        raise InputError(
+            f"--{name}={text} must be numbers with commas between them: 0.5,0.5,0.5."
+        ) from error
+
+
+def _literal(text: str) -> Any:
+    """What Python reads a text as, else the text."""
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 # --- shapes and features -------------------------------------------------------------
@@ -316,14 +520,33 @@ def _shapes(arguments: argparse.Namespace) -> None:
         if arguments.config is not None:
             config = _read_config(arguments.config)
         fields = {**config.get("model", {"name": "unet"}), **_changes(arguments)}
+        fields.pop("encoder_weights", None)
+        weights = fields.pop("weights", None)
         model = models.build(**fields, num_classes=arguments.classes)
+        if weights:  # of which the net is; as train.py builds it
+            from unet_jax import transfer
+
+            model = transfer.adapted(transfer.read(weights).model, fields)
     size = _size(arguments.size, config)
     out = Path(arguments.out) if arguments.out else None
     diagram.print_and_draw(model, size, channels, out)
 
 
-def _read_config(path: str) -> dict[str, Any]:
-    """A config file of train.py as plain data, without the keys that are None."""
+def _config(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The config of ``--config=FILE`` with its ``--config.KEY=VALUE``, or None."""
+    if arguments.config is None:
+        return None
+    return _read_config(arguments.config, arguments.changes)
+
+
+def _read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """A config file of train.py as plain data, without the keys that are None.
+
+    Args:
+        path: The file.
+        changes: ``--config.KEY=VALUE``.
+    """
+    import re
     import runpy
     from pathlib import Path
 
@@ -335,22 +558,29 @@ def _read_config(path: str) -> dict[str, Any]:
     # As train.py is started: a config may import others beside it.
     sys.path.insert(0, str(file.absolute().parent.parent))
     try:
-        config = runpy.run_path(str(file))["get_config"]().to_dict()
+        config = runpy.run_path(str(file))["get_config"]()
     finally:
         sys.path.pop(0)
+    config.lock()  # so that a key which is not there is refused
+    for text in changes:
+        key, _, value = text.removeprefix("--config.").partition("=")
+        try:
+            config.update_from_flattened_dict({key: _literal(value)})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            why = re.sub(" and cannot be added.*}", "", str(error), flags=re.DOTALL)
+            why = re.sub(r"[\s'\"\\]+", " ", why.replace("\\n", " ")).strip()
+            raise InputError(f"{text} does not change {path}: {why}") from error
 
     def chosen(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         return {k: chosen(v) for k, v in value.items() if v is not None}
 
-    return chosen(config)
+    return chosen(config.to_dict())
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """``--config.model.KEY=VALUE`` as fields of the net."""
-    import ast
-
     from unet_jax.models import UNet
     from unet_jax.types import InputError, choose
 
@@ -363,10 +593,7 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"{text} does not change the net: write --config.model.KEY=VALUE."
             )
         name = choose(known, key.removeprefix("--config.model."), "--config.model.")
-        try:
-            fields[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            fields[name] = value
+        fields[name] = _literal(value)
     return fields
 
 
@@ -412,7 +639,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     model, variables, meta, step = load_for_inference(
         arguments.workdir, which=arguments.which
     )
-    source, split = _open_split(meta, arguments.split, arguments.root)
+    meta, source, split = _open_split(meta, arguments)
     results = _measure(model, variables, meta, source, arguments)
     if arguments.json:
         head = {"workdir": arguments.workdir, "step": step, "split": split}
@@ -423,17 +650,39 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(table(results, meta.label_names))
 
 
-def _open_split(meta: "Meta", split: str, root: str | None) -> tuple[Any, str]:
-    """The source of a split of the run's data, and the split in words."""
+def _open_split(meta: "Meta", arguments: argparse.Namespace) -> tuple["Meta", Any, str]:
+    """What the run is, with its data and loss; the source of a split; which, in words.
+
+    Data and loss are those of ``--config`` if there is one. A net from PyTorch whose
+    classes nobody has named takes their names from the data.
+    """
+    import dataclasses
+
     from unet_jax import data
+    from unet_jax.convert import label_names
     from unet_jax.types import InputError
 
-    options = dict(meta.config["data"])
-    if root is not None:
-        options["root"] = root
+    config = _config(arguments)
+    if config is not None:
+        meta = dataclasses.replace(meta, config=config)
+    if "data" not in meta.config:
+        raise InputError(
+            f"{arguments.workdir} holds a net without data of its own: give"
+            " --config=FILE, a config of train.py whose sections data and loss say what"
+            " to measure it on."
+        )
+    options, split = dict(meta.config["data"]), arguments.split
+    # What is done at loading is part of the net.
+    options["normalisation"] = meta.normalisation["kind"]
+    if arguments.root is not None:
+        options["root"] = arguments.root
     if split not in ("train", "evaluation"):
         options |= {"train": split, "evaluation": split}
     dataset = data.build(task=meta.task, **options)
+    count = len(meta.label_names)
+    unnamed = meta.torch and meta.label_names == label_names(meta.task, count)
+    if unnamed and len(dataset.label_names) == count:
+        meta = dataclasses.replace(meta, label_names=dataset.label_names)
     for what in ("label_names", "channels", "rank"):
         found, trained = getattr(dataset, what), getattr(meta, what)
         if found != trained:
@@ -442,8 +691,8 @@ def _open_split(meta: "Meta", split: str, root: str | None) -> tuple[Any, str]:
                 f" {trained}: evaluate it on data like its own."
             )
     if split == "train":
-        return dataset.train, options["train"]
-    return dataset.evaluation, options["evaluation"]
+        return meta, dataset.train, options["train"]
+    return meta, dataset.evaluation, options["evaluation"]
 
 
 def _measure(

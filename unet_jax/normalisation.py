@@ -9,15 +9,19 @@ Kinds:
     ``standard``  zero mean and unit deviation over the training split
     ``example``   each image or volume by its own mean and deviation, when it is loaded
                   (for MR intensities without a unit, or brightness that means nothing)
+
+A net from elsewhere (`stated`) was not trained on pixels of one dtype: instead of it
+there is ``"unit": "range"``, and shift and scale apply to pixels that the range of
+their own type has brought to 0..1 (floats as is).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.types import Array, NumpyArray, choose
+from unet_jax.types import Array, InputError, NumpyArray, choose
 
 KINDS = ("range", "standard", "example")
 Stats = Mapping[str, Any]
@@ -67,6 +71,60 @@ def measure(kind: str, images: Iterable[NumpyArray]) -> dict[str, Any]:
     }
 
 
+def stated(
+    kind: str | None,
+    channels: int,
+    *,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> dict[str, Any]:
+    """The normalisation of a net whose training data are not at hand.
+
+    Args:
+        kind: One of `KINDS`; None for ``range``, or ``standard`` if there is a mean.
+        channels: Of the image.
+        mean: Of pixels in 0..1, a number for each channel or one for all.
+        std: Their deviation, likewise.
+
+    Returns:
+        ``{"kind", "unit", "shift", "scale"}``, for pixels of any type.
+
+    Raises:
+        InputError: An unknown kind, a mean without a deviation, one that does not go
+            with the kind, or another number of numbers.
+    """
+    if kind is not None:
+        choose(KINDS, kind, "--normalisation =")
+    if bool(mean) != bool(std):
+        raise InputError("--mean and --std go together: give both, or neither.")
+    if mean and kind == "example":
+        raise InputError(
+            "--mean and --std do not go with --normalisation=example, which takes each"
+            " image's own: leave them out, or use standard."
+        )
+    if kind == "standard" and not mean:
+        raise InputError(
+            "--normalisation=standard needs the mean and the deviation that the net was"
+            " trained with: give --mean and --std, in 0..1 for white = 1."
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if values and len(values) not in (1, channels):
+            raise InputError(
+                f"--{name} has {len(values)} numbers and the image {channels}"
+                " channel(s): give one for each, or one for all."
+            )
+    if std and min(std) <= 0:
+        raise InputError(f"--std = {tuple(std)} must be above 0.")
+    shift = tuple(mean) * (channels if len(mean) == 1 else 1) or (0.0,) * channels
+    spread = tuple(std) * (channels if len(std) == 1 else 1) or (1.0,) * channels
+    return {
+        "kind": "standard" if mean else kind or "range",
+        "unit": "range",
+        "shift": tuple(map(float, shift)),
+        "scale": tuple(1 / float(s) for s in spread),
+    }
+
+
 def advice(stats: Stats, images: Iterable[NumpyArray]) -> str:
     """A sentence where ``range`` leaves little of the pixels' differences, else "".
 
@@ -113,7 +171,7 @@ def normalise(image: Array, stats: Stats) -> Array:
 
     Args:
         image: ``[B, *S, C]`` as stored.
-        stats: What `measure` returned.
+        stats: What `measure` or `stated` returned.
 
     Returns:
         ``f32[B, *S, C]``.
@@ -121,4 +179,7 @@ def normalise(image: Array, stats: Stats) -> Array:
     shape = (1,) * (image.ndim - 1) + (-1,)
     shift = jnp.asarray(stats["shift"], jnp.float32).reshape(shape)
     scale = jnp.asarray(stats["scale"], jnp.float32).reshape(shape)
-    return (image.astype(jnp.float32) - shift) * scale
+    pixels = image.astype(jnp.float32)
+    if stats.get("unit") == "range" and jnp.issubdtype(image.dtype, jnp.integer):
+        pixels = pixels * (1.0 / float(np.iinfo(image.dtype).max))
+    return (pixels - shift) * scale

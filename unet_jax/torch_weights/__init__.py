@@ -48,6 +48,7 @@ from unet_jax.torch_weights.matching import (
 )
 from unet_jax.torch_weights.tensors import (
     Linear,
+    Nameless,
     Names,
     Plan,
     image_of,
@@ -270,7 +271,15 @@ def state_dict(
     if names is None:
         found = choose(FAMILIES, family.replace("-", "_"), "family =")
         names = found.names(model, rank, **layout)
-    own = plan(model, names or {}, channels=channels, rank=rank)
+    try:
+        own = plan(model, names or {}, channels=channels, rank=rank)
+    except Nameless as error:
+        if found is None:
+            raise
+        raise InputError(
+            f"this net is none of the family {found.name!r}, whose nets have no"
+            f" {listed(error.modules)}."
+        ) from error
     _check_owned(own, variables)
     kind = None if dtype is None else jnp.dtype(dtype)
     tensors = to_tensors(own, variables, kind)

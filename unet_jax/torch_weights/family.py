@@ -258,6 +258,22 @@ def kernels_of(
     return fields
 
 
+def refuse_up(up: str) -> None:
+    """Refuses an interpolation for a net whose up-convolutions are in the file.
+
+    Args:
+        up: The option; the family's usual one counts as not given.
+
+    Raises:
+        InputError: Another one.
+    """
+    if up not in ("transpose", "bilinear_aligned"):
+        raise InputError(
+            f"up = {up!r} is for nets without up-convolutions, and the file has them:"
+            " leave it out."
+        )
+
+
 def listed(names: Iterable[str], *, most: int = 6) -> str:
     """Names in a sentence: all of a few, else the first and how many more."""
     names = list(names)

@@ -17,6 +17,7 @@ from unet_jax.torch_weights.family import (
     Shapes,
     find_block,
     norm_of,
+    refuse_up,
     sequence,
     shared,
     up_features_of,
@@ -50,6 +51,7 @@ def _read(
     own: dict[str, Any] = {"up": up, "decoder_block": None}
     strides: list[tuple[int, ...]] = [(2,) * len(first.kernel)] * depth
     if all(convs):
+        refuse_up(up)
         given = [conv[0] for conv in convs if conv]
         strides = [conv[2:] for conv in convs if conv]
         out = [conv[1] for conv in convs if conv]

@@ -58,6 +58,21 @@ class Entry(NamedTuple):
     to_torch: Convert
 
 
+class Nameless(InputError):
+    """A name table lacks names.
+
+    Attributes:
+        modules: Paths of ours that have none.
+    """
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.modules = modules
+        super().__init__(
+            f"the name table has no name for {', '.join(modules)}: add"
+            ' {"' + modules[0] + '": "name.of.the.torch.module"}.'
+        )
+
+
 Plan = dict[str, Entry]
 """Every tensor that a net needs, by its name."""
 
@@ -214,7 +229,8 @@ def plan(model: UNet, names: Names, *, channels: int, rank: int) -> Plan:
         An entry for each leaf of the net's variables.
 
     Raises:
-        InputError: The table has no name for a module, or one name for two.
+        Nameless: The table has no name for a module.
+        InputError: It has one name for two.
     """
     leaves, modules = structure(model, channels, rank)
     found: Plan = {}
@@ -239,11 +255,7 @@ def plan(model: UNet, names: Names, *, channels: int, rank: int) -> Plan:
             )
         found[key] = Entry(path, old, to_jax, to_torch)
     if absent:
-        absent = sorted(set(absent))
-        raise InputError(
-            f"the name table has no name for {', '.join(absent)}: add"
-            ' {"' + absent[0] + '": "name.of.the.torch.module"}.'
-        )
+        raise Nameless(sorted(set(absent)))
     return found
 
 

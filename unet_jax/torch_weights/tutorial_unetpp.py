@@ -16,6 +16,7 @@ from unet_jax.torch_weights.family import (
     Shapes,
     find_block,
     norm_of,
+    refuse_up,
     sequence,
     shared,
     up_features_of,
@@ -52,6 +53,7 @@ def _read(
     own: dict[str, Any] = {"up": up, "decoder_block": None}
     convs = [shapes.get(f"{nodes[f'{i}_{depth - i}']}.up.weight") for i in range(depth)]
     if all(convs):
+        refuse_up(up)
         given = [conv[0] for conv in convs if conv]
         out = [conv[1] for conv in convs if conv]
         own = {"up": "transpose", "up_features": up_features_of(out, last, given)}
