@@ -399,6 +399,189 @@ def test_a_block_excites_before_it_adds(rng):
             _close(y, _leaky(x + inside * _gate(gate, inside)))
 
 
+# --- Blocks that some PyTorch nets have ----------------------------------------------
+
+
+def _instance(x):
+    """Instance norm without scale and bias."""
+    axes = tuple(range(1, x.ndim - 1))
+    centred = x - x.mean(axes, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
+
+
+def _pooled(x, stride):
+    """The mean over windows that do not overlap, what is left over dropped."""
+    for axis, s in enumerate(stride, start=1):
+        n = x.shape[axis] // s
+        x = x.take(range(n * s), axis)
+        x = x.reshape(*x.shape[:axis], n, s, *x.shape[axis + 1 :]).mean(axis + 1)
+    return x
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(
+    ("units", "channels", "stride", "padding"),
+    [
+        (1, 4, None, "same"),
+        (2, 3, None, "same"),
+        (3, 3, (2, 1), "same"),
+        (1, 3, (2, 2), "reflect"),
+        (2, 4, (2, 2), "same"),  # a stride is projected though the channels stay
+        (2, 4, None, "valid"),
+    ],
+)
+def test_residual_units(rng, bare, units, channels, stride, padding):
+    x = rng.standard_normal((2, 7, 6, channels))
+    options = {"units": units, "bare": bare, "stride": stride}
+    block = blocks.BLOCKS["residual_units"](4, (3, 3), _kit(padding), **options)
+    y, variables = _run(block, x, rng)
+    net, inside = Reference(variables, padding), x
+    for i in range(units):
+        order = "c" if bare and i == units - 1 else "cna"
+        inside = net.unit(inside, str(i), order, stride if i == 0 else None)
+    beside = x
+    if stride:
+        beside = net.conv("shortcut", x, stride)
+        assert variables["params"]["shortcut"]["kernel"].shape == (3, 3, channels, 4)
+    elif channels != 4:
+        beside = net.dense("shortcut", x)
+    _close(y, _centre(beside, inside.shape[1:-1]) + inside)
+    assert ("shortcut" in variables["params"]) is bool(stride or channels != 4)
+    last = f"norm{units - 1}"
+    assert (last in variables["params"]) is not bare
+
+
+def test_no_residual_units_are_no_block(rng):
+    x = rng.standard_normal((1, 3, 2, 3))
+    block = blocks.ResidualUnits(3, (3, 3), _kit(), units=0)
+    y, variables = _run(block, x, rng)
+    np.testing.assert_array_equal(y, x)
+    assert not variables and block.clone(parent=None).taps(0) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "slope"),
+    [("residual_projected", SLOPE), ("residual_projected_leaky", 0.1)],
+)
+@pytest.mark.parametrize(
+    ("channels", "order"), [(4, "cna"), (3, "cna"), (3, "nca"), (3, "can")]
+)
+def test_a_projected_residual_block(rng, name, slope, channels, order):
+    x = rng.standard_normal((2, 5, 6, channels))
+    block = blocks.BLOCKS[name](4, (3, 3), _kit(order=order, excite="se"))
+    y, variables = _run(block, x, rng)
+    params, net = variables["params"], Reference(variables)
+    if channels != 4:
+        assert params["project"]["bias"].shape == (4,)
+        x = net.dense("project", x)
+    assert ("project" in params) is (channels != 4)
+    inside = net.unit(net.unit(x, "0", order), "1", order.replace("a", ""))
+    total = x + inside
+    total = np.where(total > 0, total, slope * total)
+    _close(y, total * _gate(params["excite"], total))
+
+
+@pytest.mark.parametrize(
+    ("first", "units", "channels", "stride", "size"),
+    [
+        (True, 1, 3, None, (4, 5)),
+        (False, 2, 3, (2, 2), (6, 4)),
+        (False, 1, 4, (2, 1), (6, 3)),  # pooled and not projected
+        (True, 2, 2, (1, 2, 2), (2, 4, 6)),
+        (False, 1, 3, (2, 2), (7, 5)),  # the pooled map is smaller: zeros at the end
+    ],
+)
+def test_a_residual_stage(rng, first, units, channels, stride, size):
+    x = rng.standard_normal((2, *size, channels))
+    kernel = (3,) * len(size)
+    block = blocks.BLOCKS["residual_stage"](
+        4, kernel, _kit(excite="se"), stride=stride, first=first, units=units
+    )
+    y, variables = _run(block, x, rng)
+    if first:
+        x = Reference(variables).unit(x, "_stem")
+    for i in range(units):
+        inner = {kind: tree[f"unit{i}"] for kind, tree in variables.items()}
+        net, by = Reference(inner), stride if i == 0 else None
+        inside = net.unit(net.unit(x, "0", stride=by), "1", "cn")
+        inside = inside * _gate(inner["params"]["excite"], inside)
+        beside = _pooled(x, by) if by else x
+        missing = zip(inside.shape[1:-1], beside.shape[1:-1], strict=True)
+        beside = np.pad(beside, [(0, 0), *((0, n - m) for n, m in missing), (0, 0)])
+        if x.shape[-1] != 4:
+            assert set(inner["params"]["shortcut"]) == {"kernel"}
+            beside = net.norm("shortcut_norm", net.dense("shortcut", beside))
+        assert ("shortcut" in inner["params"]) is (x.shape[-1] != 4)
+        x = _leaky(beside + inside)
+    _close(y, x)
+    names = {f"unit{i}" for i in range(units)}
+    names |= {"conv_stem", "norm_stem"} if first else set()
+    assert set(variables["params"]) == names
+
+
+@pytest.mark.parametrize(("size", "stride"), [((5, 4), None), ((3, 4, 5), (1, 2, 2))])
+def test_one_convolution_instance_norm_and_prelu(rng, size, stride):
+    x = rng.standard_normal((2, *size, 3))
+    kernel = (3,) * len(size)
+    name = "single_instance_prelu"
+    y, variables = _run(blocks.BLOCKS[name](4, kernel, _kit(), stride=stride), x, rng)
+    # Neither the kit's batch norm nor its activation; and the norm owns nothing.
+    assert set(variables) == {"params"}
+    assert set(variables["params"]) == {"conv0", "act0"}
+    z = _instance(Reference(variables).conv("conv0", x, stride))
+    slope = variables["params"]["act0"]["negative_slope"]
+    _close(y, np.where(z > 0, z, slope * z))
+
+
+@pytest.mark.parametrize(("channels", "mid"), [(3, 4), (6, 6), (4, 4), (12, 12)])
+def test_a_block_that_widens_and_never_narrows_what_comes_in(rng, channels, mid):
+    x = rng.standard_normal((1, 3, 4, channels))
+    block = blocks.BLOCKS["widening_from"](8, (3, 3), _kit())
+    y, variables = _run(block, x, rng)
+    net = Reference(variables)
+    _close(y, net.unit(net.unit(x, "0"), "1"))
+    shapes = [variables["params"][f"conv{i}"]["kernel"].shape[2:] for i in (0, 1)]
+    assert shapes == [(channels, mid), (mid, 8)]
+
+
+def _scse(params, x):
+    """The channel gate's and the pixel gate's result."""
+    gate = x @ params["spatial"]["kernel"] + params["spatial"]["bias"]
+    return x * _gate(params["channel"], x), x * _sigmoid(gate)
+
+
+@pytest.mark.parametrize("skipless", [False, True])
+def test_an_excited_block_weighs_what_comes_in_and_what_goes_out(rng, skipless):
+    x = rng.standard_normal((2, 4, 5, 32))
+    block = blocks.BLOCKS["excited"](20, (3, 3), _kit(), skipless=skipless)
+    # Small ones: the gates are neither open nor shut.
+    variables = jax.tree.map(lambda leaf: 0.2 * leaf, _variables(block, x, rng))
+    apply = jax.jit(block.apply)
+    y = np.asarray(apply(variables, x))
+    params, net = variables["params"], Reference(variables)
+    assert params["excite_input"]["channel"]["squeeze"]["kernel"].shape == (32, 2)
+    assert params["excite"]["channel"]["squeeze"]["kernel"].shape == (20, 1)
+    given = x if skipless else sum(_scse(params["excite_input"], x))
+    inside = net.unit(net.unit(given, "0"), "1")
+    _close(y, sum(_scse(params["excite"], inside)))
+    # Without a skip the gate has parameters, as in SMP, and they are of no effect.
+    others = jax.tree.map(np.zeros_like, params["excite_input"])
+    other = {**variables, "params": {**params, "excite_input": others}}
+    assert np.array_equal(apply(other, x), y) is skipless
+
+
+@pytest.mark.parametrize("size", [(4, 3), (2, 3, 4)])
+def test_the_larger_of_spatial_and_channel_excitation(rng, size):
+    x = rng.standard_normal((2, *size, 6))
+    dense = partial(nn.Dense, use_bias=False, dtype=jnp.float64)
+    y, variables = _run(blocks.EXCITES["scse_max"](dense=dense), x, rng)
+    params = variables["params"]
+    assert params["channel"]["squeeze"]["kernel"].shape == (6, 6)
+    channels, pixels = _scse(params, x)
+    assert np.any(channels > pixels) and np.any(channels < pixels)
+    _close(y, np.maximum(channels, pixels))
+
+
 # --- Activations ---------------------------------------------------------------------
 
 

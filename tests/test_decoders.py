@@ -288,6 +288,102 @@ def test_a_smaller_pyramid_runs_fewer_nodes_of_the_same_width(level):
     assert list(out.outputs) == list(range(1, level + 1))
 
 
+@pytest.mark.parametrize("up_features", ["level", "input", (11, 13, 17)])
+def test_a_late_up_decoder_joins_the_skip_and_then_goes_up(up_features):
+    # The last two levels have one size: a stride of 1 leads to the coarsest.
+    pyramid = [*PYRAMID[:3], (2, 7)]
+    options = {"features": (20, 30, 50), "up_features": up_features, "supervised": 2}
+    out, seen = _decode("late_up", pyramid, **options)
+    assert list(seen) == ["merge2", "up1", "level1", "merge1", "up0", "level0"]
+    # The skip beside what comes from below; no skip of full size, no up2, no level2.
+    wide = {"level": (20, 30), "input": (33, 12)}.get(up_features, (11, 13))
+    assert seen == {
+        "merge2": [None, (((1, 2, 5),), (1, 2, 7), (1, 2, 7))],
+        "up1": [wide[1], ((1, 2, 12),)],
+        "level1": [30, ((1, 4, wide[1]),)],
+        "merge1": [None, (((1, 4, 3),), (1, 4, 30), (1, 4, 30))],
+        "up0": [wide[0], ((1, 4, 33),)],
+        "level0": [20, ((1, 9, wide[0]),)],  # aligned from 8 to 9
+    }
+    assert [x.shape for x in out.aux["decoder"]] == [(1, 9, 20), (1, 4, 30)]
+    assert set(out.aux) == {"decoder"} and list(out.outputs) == [0, 1]
+    for level, x in out.outputs.items():
+        assert x is out.aux["decoder"][level]
+
+
+@pytest.mark.parametrize(("units", "bare"), [(2, "level0"), (1, "level0"), (0, "up0")])
+def test_a_bare_late_up_decoder_ends_in_a_convolution(rng, units, bare):
+    model = models.UNet(
+        num_classes=3,
+        features=(2, 4, 5),
+        decoder_features=(3, 2),
+        decoder="late_up",
+        block="residual_units",
+        down="strided",
+        strides=(2, 1),
+        up="transpose_wide_unit",
+        decoder_units=(units, units),
+        norm="instance_plain",
+        act="prelu",
+        head_kernel=0,
+    )
+    x = jnp.asarray(rng.standard_normal((1, 4, 6, 1)), jnp.float32)
+    variables = _filled(model, x, rng)
+    decoder = variables["params"]["decoder"]
+    # The last convolution stands alone, without an activation after it; no head.
+    acts = {part: {k for k in p if k.startswith("act")} for part, p in decoder.items()}
+    inner = {f"act{i}" for i in range(units - 1)}
+    expected = {"level0": inner} if units else {}
+    assert acts == {"up0": {"act"} if units else set(), **expected}
+    assert bare in acts and set(variables["params"]) == {"encoder", "decoder"}
+    logits, aux = model.apply(variables, x)
+    assert logits.shape == (1, 4, 6, 3)
+    np.testing.assert_array_equal(logits, aux["decoder"][0])
+
+
+# --- Heads ---------------------------------------------------------------------------
+
+
+def test_supervised_levels_of_a_unet_are_the_finest():
+    features = {"features": (20, 30, 50)}
+    for supervised in (1, 2, 3):
+        out, _ = _decode("unet", PYRAMID, supervised=supervised, **features)
+        assert list(out.outputs) == list(range(supervised))
+        for level, x in out.outputs.items():
+            assert x is out.aux["decoder"][level]
+            assert x.shape == (1, PYRAMID[level][0], (20, 30, 50)[level])
+
+
+@pytest.mark.parametrize(("heads", "count"), [(None, 3), (2, 2), (1, 1)])
+def test_a_supervised_unet_has_a_head_on_every_level_in_its_size(rng, heads, count):
+    model = models.UNet(
+        num_classes=2,
+        features=(2, 3, 4, 5),
+        norm="none",
+        deep_supervision=True,
+        heads=heads,
+    )
+    x = jnp.asarray(rng.standard_normal((2, 9, 16, 1)), jnp.float32)
+    variables = _filled(model, x, rng)
+    params = variables["params"]
+    names = {name for name in params if name.startswith("head")}
+    assert names == {f"head{i}" for i in range(count)}
+    logits, aux = model.apply(variables, x)
+    sizes = [(9, 16), (4, 8), (2, 4)][:count]
+    assert [head.shape for head in aux["heads"]] == [(2, *s, 2) for s in sizes]
+    np.testing.assert_array_equal(logits, aux["heads"][0])
+    for i, head in enumerate(aux["heads"]):
+        p = jax.tree.map(np.asarray, params[f"head{i}"])
+        expected = np.asarray(aux["decoder"][i]) @ p["kernel"] + p["bias"]
+        np.testing.assert_allclose(head, expected, rtol=1e-4, atol=1e-4)
+    # Without supervision it is the same net with the finest head alone.
+    plain = model.clone(deep_supervision=False, heads=None)
+    others = {k: v for k, v in params.items() if not k.startswith("head")}
+    alone, rest = plain.apply({"params": {**others, "head": params["head0"]}}, x)
+    np.testing.assert_array_equal(alone, logits)
+    assert "heads" not in rest
+
+
 # --- One against the other -----------------------------------------------------------
 
 

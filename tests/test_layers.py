@@ -1,5 +1,7 @@
 """The layers against lax, against NumPy, and against their own definition."""
 
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import layers
+from unet_jax import layers, sharding
 from unet_jax.types import InputError
 
 
@@ -84,3 +86,207 @@ def test_norms_keep_the_type_and_normalise(rng, kind):
 def test_unknown_names_are_refused_with_those_there_are():
     with pytest.raises(InputError, match="batch"):
         layers.norm_factory("bach", train=True)(name="norm")
+
+
+# --- Norms against float64 -----------------------------------------------------------
+
+
+class _Normed(nn.Module):
+    """A layer of a norm factory."""
+
+    kind: str
+    train: bool = True
+    groups: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        make = layers.norm_factory(self.kind, train=self.train, groups=self.groups)
+        return make(name="norm")(x)
+
+
+KINDS = ["batch", "batch_unbiased", "instance", "instance_plain", "group"]
+
+
+def _norm_variables(rng, kind, width):
+    """Random scales, biases and running statistics, float64."""
+    params = {k: rng.standard_normal(width) for k in ("scale", "bias")}
+    variables = {"params": {} if kind == "instance_plain" else {"norm": params}}
+    if kind.startswith("batch"):
+        stats = {"mean": rng.standard_normal(width), "var": rng.uniform(1, 2, width)}
+        variables["batch_stats"] = {"norm": stats}
+    return variables
+
+
+def _as(dtype, tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+def _normalised(x, variables, kind, groups=1):
+    """A norm in NumPy."""
+    x = np.asarray(x, np.float64)
+    space = tuple(range(1, x.ndim - 1))
+    if kind.startswith("batch"):
+        split, axes = x, (0, *space)
+    else:
+        groups = groups if kind == "group" else x.shape[-1]
+        split = x.reshape(*x.shape[:-1], groups, -1)
+        axes = (*space, x.ndim)
+    mean, var = split.mean(axes, keepdims=True), split.var(axes, keepdims=True)
+    y = ((split - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    params = variables["params"].get("norm", {"scale": 1.0, "bias": 0.0})
+    return y * params["scale"] + params["bias"]
+
+
+def _call(module, variables, x):
+    """The output, and the statistics afterwards."""
+    # flax's own batch norm mixes types in its statistics.
+    with jax.numpy_dtype_promotion("standard"):
+        y, updated = module.apply(variables, x, mutable=["batch_stats"])
+    return y, updated.get("batch_stats", {}).get("norm", {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 3, 4, 5, 12)])
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (30.0, 0.05)])
+def test_norms_equal_float64(rng, kind, shape, mean, deviation):
+    x = np.float32(mean + deviation * rng.standard_normal(shape))
+    variables = _norm_variables(rng, kind, shape[-1])
+    y, _ = _call(_Normed(kind), _as(jnp.float32, variables), jnp.asarray(x))
+    assert y.dtype == jnp.float32
+    # Six channels are fewer than eight groups: one. Of twelve, gcd(8, 12) = 4.
+    expected = _normalised(x, variables, kind, {6: 1, 12: 4}[shape[-1]])
+    # Half a unit in the last place of 30 is 1e-6, and 2e-5 deviations. flax's batch
+    # norm adds up all at once (`mean_over`).
+    atol = 2e-6 if mean == 0 else 1e-3 if kind == "batch" else 2e-4
+    np.testing.assert_allclose(y, expected, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("width", "groups"), [(3, 1), (7, 1), (8, 8), (12, 4), (9, 1), (16, 8)]
+)
+def test_groups_that_do_not_divide_the_width(rng, width, groups):
+    x = np.float32(rng.standard_normal((2, 3, 2, width)))
+    variables = _norm_variables(rng, "group", width)
+    y, _ = _call(_Normed("group"), _as(jnp.float32, variables), jnp.asarray(x))
+    expected = _normalised(x, variables, "group", groups)
+    np.testing.assert_allclose(y, expected, atol=5e-6)
+
+
+def test_a_mean_over_many_pixels_keeps_its_digits(rng):
+    x = np.float32(30.0 + 0.05 * rng.standard_normal((2, 200, 300, 2)))
+    mean = layers.mean_over(jnp.asarray(x), (1, 2))
+    expected = np.mean(x, (1, 2), dtype=np.float64, keepdims=True)
+    assert mean.shape == expected.shape == (2, 1, 1, 2)
+    np.testing.assert_allclose(mean, expected, rtol=2e-7)
+    chex.assert_trees_all_equal(layers.mean_over(jnp.asarray(x), (2, 1)), mean)
+
+
+def test_unbiased_batch_norm_keeps_the_unbiased_variance(rng):
+    x = np.float32(30.0 + 0.05 * rng.standard_normal((2, 3, 2, 5)))
+    variables = _norm_variables(rng, "batch_unbiased", 5)
+    module = _Normed("batch_unbiased")
+    y, stats = _call(module, _as(jnp.float32, variables), jnp.asarray(x))
+    values = np.asarray(x, np.float64).reshape(12, 5)
+    old = variables["batch_stats"]["norm"]
+    mean = 0.9 * old["mean"] + 0.1 * values.mean(0)
+    var = 0.9 * old["var"] + 0.1 * values.var(0) * 12 / 11
+    np.testing.assert_allclose(stats["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], var, rtol=1e-6)
+    # Both variances are of the order of epsilon: normalised is by the biased one.
+    same, theirs = _call(_Normed("batch"), _as(jnp.float32, variables), jnp.asarray(x))
+    np.testing.assert_allclose(y, same, atol=2e-4)
+    np.testing.assert_allclose(stats["mean"], theirs["mean"], rtol=1e-6)
+
+
+def test_unbiased_batch_norm_evaluates_by_its_statistics(rng):
+    x = np.float32(rng.standard_normal((2, 3, 4)))
+    variables = _norm_variables(rng, "batch_unbiased", 4)
+    given = _as(jnp.float32, variables)
+    y, stats = _call(_Normed("batch_unbiased", train=False), given, jnp.asarray(x))
+    chex.assert_trees_all_equal(stats, given["batch_stats"]["norm"])
+    old, params = variables["batch_stats"]["norm"], variables["params"]["norm"]
+    expected = (x - old["mean"]) / np.sqrt(old["var"] + 1e-5)
+    expected = expected * params["scale"] + params["bias"]
+    np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
+def test_unbiased_batch_norm_begins_at_zero_and_one_and_init_counts_nothing(rng):
+    x = jnp.asarray(30.0 + rng.standard_normal((2, 3, 4)), jnp.float32)
+    variables = _Normed("batch_unbiased").init(jax.random.key(0), x)
+    ones, zeros = jnp.ones(4, jnp.float32), jnp.zeros(4, jnp.float32)
+    expected = {
+        "params": {"norm": {"scale": ones, "bias": zeros}},
+        "batch_stats": {"norm": {"mean": zeros, "var": ones}},
+    }
+    chex.assert_trees_all_equal(variables, expected)
+
+
+def test_one_value_a_channel_has_no_variance_and_is_no_nan(rng):
+    x = _random(rng, 1, 1, 1, 3)
+    variables = _norm_variables(rng, "batch_unbiased", 3)
+    given = _as(jnp.float32, variables)
+    y, stats = _call(_Normed("batch_unbiased"), given, x)
+    np.testing.assert_allclose(y.ravel(), variables["params"]["norm"]["bias"], 1e-6)
+    old = variables["batch_stats"]["norm"]
+    np.testing.assert_allclose(stats["var"], 0.9 * old["var"], rtol=1e-6)
+    for kind in KINDS:
+        given = _as(jnp.float32, _norm_variables(rng, kind, 3))
+
+        def total(x, kind=kind, given=given):
+            return jnp.sum(jnp.sin(_call(_Normed(kind), given, x)[0]))
+
+        assert np.all(np.isfinite(jax.grad(total)(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_gradients_of_norms_are_those_of_flax(rng, kind):
+    with jax.enable_x64(True):
+        x = jnp.asarray(30.0 + 0.05 * rng.standard_normal((3, 4, 3, 12)))
+        variables = _as(jnp.float64, _norm_variables(rng, kind, 12))
+        options = {"epsilon": 1e-5, "dtype": jnp.float64, "use_fast_variance": False}
+        theirs = {
+            "batch_unbiased": nn.BatchNorm(use_running_average=False, **options),
+            "instance": nn.InstanceNorm(**options),
+            "instance_plain": nn.InstanceNorm(
+                use_bias=False, use_scale=False, **options
+            ),
+            "group": nn.GroupNorm(num_groups=4, **options),
+        }[kind]
+        weights = jnp.asarray(rng.standard_normal(x.shape))
+        bare = {k: tree.get("norm", {}) for k, tree in variables.items()}
+
+        def gradients(module, variables):
+            def loss(params, x):
+                y, _ = _call(module, {**variables, "params": params}, x)
+                return jnp.sum(weights * jnp.sin(y)), y
+
+            return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
+
+        (params, by_x), y = gradients(_Normed(kind), variables)
+        (flax_params, flax_by_x), flax_y = gradients(theirs, bare)
+        chex.assert_trees_all_close(y, flax_y, rtol=1e-9, atol=1e-9)
+        chex.assert_trees_all_close(by_x, flax_by_x, rtol=1e-8, atol=1e-8)
+        chex.assert_trees_all_close(
+            params.get("norm", {}), flax_params, rtol=1e-8, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize("kind", ["batch_unbiased", "instance", "group"])
+def test_a_norm_is_the_same_compiled_mapped_and_over_two_devices(rng, kind):
+    x = np.float32(30.0 + 0.05 * rng.standard_normal((4, 5, 3, 12)))
+    variables = _as(jnp.float32, _norm_variables(rng, kind, 12))
+    run = jax.jit(partial(_call, _Normed(kind)))
+    one, stats = _call(_Normed(kind), variables, jnp.asarray(x))
+    chex.assert_trees_all_close(run(variables, x)[0], one, atol=2e-4)
+    mesh = sharding.make_mesh(2)
+    placed = jax.device_put(variables, sharding.replicated(mesh))
+    two, others = run(placed, sharding.place({"image": x}, mesh)["image"])
+    assert len(two.sharding.device_set) == 2
+    chex.assert_trees_all_close(jax.device_get(two), np.asarray(one), atol=2e-4)
+    chex.assert_trees_all_close(jax.device_get(others), stats, rtol=1e-5)
+    # Batch norm mapped over examples takes each one's own statistics.
+    mapped = jax.vmap(lambda x: _call(_Normed(kind), variables, x[None])[0][0])(x)
+    rows = [_call(_Normed(kind), variables, x[i : i + 1])[0][0] for i in range(4)]
+    chex.assert_trees_all_close(mapped, jnp.stack(rows), atol=2e-4)
+    if kind != "batch_unbiased":
+        chex.assert_trees_all_close(mapped, one, atol=2e-4)

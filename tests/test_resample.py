@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import resample
+from unet_jax import layers, resample
 
 
 def _random(rng, *shape):
@@ -80,3 +80,206 @@ def test_nearest_upsampling_repeats(rng):
     x = _random(rng, 1, 2, 3, 1)
     out = resample.nearest(x, (2, 2))
     np.testing.assert_array_equal(out, np.asarray(x).repeat(2, 1).repeat(2, 2))
+
+
+# --- To any size ---------------------------------------------------------------------
+
+
+def _interpolated(x, size, how):
+    """Axis by axis, from the position of every new pixel between the old ones."""
+    for axis, new in enumerate(size, start=1):
+        n = x.shape[axis]
+        at = {
+            "linear": (np.arange(new) + 0.5) * n / new - 0.5,
+            "linear_aligned": np.linspace(0, n - 1, new),
+        }[how]
+        x = np.apply_along_axis(
+            lambda row, at=at: np.interp(at, np.arange(len(row)), row), axis, x
+        )
+    return x
+
+
+SIZES = [
+    ((4, 6), (7, 4)),
+    ((3, 5), (9, 8)),  # one axis a multiple, the other not
+    ((1, 7), (3, 3)),
+    ((5, 2), (1, 2)),
+    ((2, 3, 4), (3, 4, 9)),
+]
+
+
+@pytest.mark.parametrize(("size", "new"), SIZES)
+@pytest.mark.parametrize("how", ["linear", "linear_aligned"])
+def test_interpolation_to_any_size_is_that_between_positions(rng, how, size, new):
+    x = rng.standard_normal((2, *size, 3))
+    with jax.enable_x64(True):
+        out = resample.to_size(jnp.asarray(x), new, getattr(resample, how))
+        assert out.dtype == jnp.float64
+    np.testing.assert_allclose(out, _interpolated(x, new, how), atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "new"), SIZES)
+def test_nearest_to_any_size_takes_the_floor(rng, size, new):
+    x = rng.standard_normal((2, *size, 3)).astype(np.float32)
+    index = [np.arange(m) * n // m for n, m in zip(size, new, strict=True)]
+    expected = x[np.ix_(range(2), *index, range(3))]
+    np.testing.assert_array_equal(resample.to_size(jnp.asarray(x), new), expected)
+
+
+@pytest.mark.parametrize(
+    ("n", "new", "index", "pixel"), [(26, 22, 11, 12), (14, 46, 23, 6)]
+)
+def test_nearest_rounds_as_float32_does(n, new, index, pixel):
+    # Where `index * n / new` is a whole number, and float32 falls short of it.
+    assert index * n == (pixel + 1) * new
+    x = jnp.arange(n, dtype=jnp.float32).reshape(1, 1, n, 1)
+    out = np.asarray(resample.to_size(x, (1, new))).ravel()
+    assert out[index] == pixel
+    others = np.arange(new) != index
+    np.testing.assert_array_equal(out[others], (np.arange(new) * n // new)[others])
+
+
+@pytest.mark.parametrize("how", ["linear", "linear_aligned", "nearest"])
+def test_to_a_multiple_it_is_the_plain_method(rng, how):
+    method = getattr(resample, how)
+    x = _random(rng, 1, 3, 2, 4, 2)
+    out = resample.to_size(x, (6, 2, 12), method)
+    chex.assert_trees_all_equal(out, method(x, (2, 1, 3)))
+    assert resample.to_size(x, (3, 2, 4), method) is x
+
+
+# --- What PyTorch's nets have --------------------------------------------------------
+
+
+def _kit():
+    """Bare convolutions in float64, as PyTorch pads them."""
+    init = layers.INITIALISERS["he_normal"]
+    options = {"use_bias": False, "dtype": jnp.float64}
+    return layers.Kit(
+        conv=layers.conv_factory(padding="same", init=init, **options),
+        dense=partial(nn.Dense, kernel_init=init, **options),
+        norm=layers.norm_factory("none", train=False),
+        act=layers.act_factory("relu"),
+        excite=lambda name: lambda x: x,
+        up_conv=partial(resample.up_convolution, dtype=jnp.float64),
+    )
+
+
+def _run(module, x, rng, *given):
+    """The output in float64 for random variables, and these."""
+    with jax.enable_x64(True):
+        with jax.numpy_dtype_promotion("standard"):  # parameters begin as float32
+            shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+        variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape), shapes)
+        y = module.apply(variables, jnp.asarray(x), *given)
+        assert y.dtype == jnp.float64
+    return np.asarray(y), variables.get("params", {})
+
+
+def _scattered(x, kernel, stride, size):
+    """Every tap adds its product to its pixel, if the result has it."""
+    *taps, _, features = kernel.shape
+    out = np.zeros((len(x), *size, features))
+    for pixel in np.ndindex(*x.shape[1:-1]):
+        for tap in np.ndindex(*taps):
+            at = [
+                s * p + t - (k - 1) // 2
+                for s, p, t, k in zip(stride, pixel, tap, taps, strict=True)
+            ]
+            if all(0 <= a < n for a, n in zip(at, size, strict=True)):
+                out[(slice(None), *at)] += x[(slice(None), *pixel)] @ kernel[tap]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride"),
+    [
+        ((3, 3), (2, 2)),
+        ((5, 5), (2, 2)),
+        ((4, 4), (2, 2)),
+        ((3, 3), (1, 1)),
+        ((5, 3), (3, 1)),
+        ((3, 3, 3), (2, 2, 2)),
+        ((5, 4, 3), (2, 2, 1)),
+        ((1, 5, 3), (1, 2, 2)),
+    ],
+)
+def test_a_wide_up_convolution_scatters(rng, kernel, stride):
+    x = rng.standard_normal((2, *(3, 4, 2)[: len(kernel)], 3))
+    module = resample.WideUpConv(2, stride, kernel, dtype=jnp.float64)
+    y, params = _run(module, x, rng)
+    assert params["kernel"].shape == (*kernel, 3, 2)
+    size = [n * s for n, s in zip(x.shape[1:-1], stride, strict=True)]
+    expected = _scattered(x, params["kernel"], stride, size) + params["bias"]
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((3, 3), (2, 2)), ((5, 3), (3, 1)), ((3, 1, 5), (2, 1, 2))]
+)
+def test_a_short_one_lacks_the_last_pixels(rng, kernel, stride):
+    x = rng.standard_normal((1, *(3, 4, 2)[: len(kernel)], 3))
+    module = resample.WideUpConv(
+        2, stride, kernel, short=True, use_bias=False, dtype=jnp.float64
+    )
+    y, params = _run(module, x, rng)
+    assert set(params) == {"kernel"}
+    size = [n * s - (s - 1) for n, s in zip(x.shape[1:-1], stride, strict=True)]
+    expected = _scattered(x, params["kernel"], stride, size)
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+def test_a_wide_up_convolution_of_its_strides_size_is_the_plain_one(rng):
+    x = rng.standard_normal((1, 3, 2, 4))
+    wide = resample.WideUpConv(5, (2, 2), (2, 2), dtype=jnp.float64)
+    y, params = _run(wide, x, rng)
+    with jax.enable_x64(True):
+        plain = resample.UpConv(5, dtype=jnp.float64).apply({"params": params}, x)
+    np.testing.assert_allclose(y, plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (3, 1), (2, 1, 2)])
+def test_a_blurred_pixel_shuffle_is_the_mean_with_the_pixels_before(rng, stride):
+    rank = len(stride)
+    x = rng.standard_normal((2, *(3, 4, 2)[:rank], 3))
+    options = {"kernel": (1,) * rank, "kit": _kit(), "stride": stride}
+    y, params = _run(resample.UPS["pixel_shuffle_blurred"](2, **options), x, rng)
+    # Its convolution has a bias, although the kit's have none.
+    z = x @ params["conv"]["kernel"].reshape(3, -1) + params["conv"]["bias"]
+    z = z.reshape(*x.shape[:-1], *stride, 2)
+    sharp = np.asarray(resample.depth_to_space(z, stride))
+    expected = np.zeros_like(sharp)
+    for pixel in np.ndindex(*sharp.shape[1:-1]):
+        window = [
+            slice(max(p - s + 1, 0), p + 1) for p, s in zip(pixel, stride, strict=True)
+        ]
+        # Beyond the border are zeros, which count.
+        total = sharp[(slice(None), *window)].sum(tuple(range(1, rank + 1)))
+        expected[(slice(None), *pixel)] = total / np.prod(stride)
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("new", [None, (7, 5)])
+def test_bilinear_then_dense(rng, new):
+    x = rng.standard_normal((2, 3, 2, 4))
+    options = {"stride": (2, 3), "kernel": (3, 3), "kit": _kit()}
+    for features in (4, 3):  # a convolution in either case
+        module = resample.UPS["bilinear_dense"](features, **options)
+        y, params = _run(module, x, rng, new)
+        large = _interpolated(x, new or (6, 6), "linear")
+        expected = large @ params["conv"]["kernel"] + params["conv"]["bias"]
+        np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("new", [None, (7, 5)])
+def test_dense_then_bilinear_only_where_channels_change(rng, new):
+    x = rng.standard_normal((2, 3, 2, 4))
+    options = {"stride": (2, 3), "kernel": (3, 3), "kit": _kit()}
+    y, params = _run(resample.UPS["dense_bilinear_aligned"](3, **options), x, rng, new)
+    small = x @ params["conv"]["kernel"] + params["conv"]["bias"]
+    expected = _interpolated(small, new or (6, 6), "linear_aligned")
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+    y, params = _run(resample.UPS["dense_bilinear_aligned"](4, **options), x, rng, new)
+    assert not params
+    expected = _interpolated(x, new or (6, 6), "linear_aligned")
+    np.testing.assert_allclose(y, expected, atol=1e-12)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from unet_jax.torch_weights import containers
+from unet_jax.torch_weights.storages import MAGIC, PROTOCOL
 from unet_jax.types import InputError
 
 # ---- a writer of pickles that imports nothing
@@ -651,7 +652,7 @@ def read_or_refuse(path) -> bool:
 
 def legacy(top: Any, storages: dict[str, np.ndarray]) -> bytes:
     """What torch.save wrote before 1.6."""
-    parts = [containers._MAGIC, containers._PROTOCOL, {"little_endian": True}]
+    parts = [MAGIC, PROTOCOL, {"little_endian": True}]
     data = b"".join(map(pickled, [*parts, top, list(storages)]))
     for array in storages.values():
         data += struct.pack("<q", array.size) + array.tobytes()

@@ -172,3 +172,141 @@ def test_a_valid_net_is_trained_on_the_centre(rng):
 def test_is_due_is_true_at_multiples_and_at_the_end():
     assert [s for s in range(1, 11) if training.is_due(s, 4, 10)] == [4, 8, 10]
     assert [s for s in range(1, 11) if training.is_due(s, 0, 10)] == [10]
+
+
+# --- Deep supervision ----------------------------------------------------------------
+
+
+def _from_the_middle(x, size, steps):
+    """Every so many-th pixel of each axis, as much left over before as after."""
+    for axis, (n, step) in enumerate(zip(size, steps, strict=True), start=1):
+        spare = x.shape[axis] - 1 - (n - 1) * step
+        x = x.take([spare // 2 + i * step for i in range(n)], axis)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "step", "expected"),
+    [
+        (8, 4, 2, [0, 2, 4, 6]),
+        (8, 2, 4, [1, 5]),
+        (8, 1, 8, [3]),
+        (9, 4, 2, [1, 3, 5, 7]),
+        (9, 3, 3, [1, 4, 7]),
+        (5, 5, 1, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_every_so_many_pixels_lie_in_the_middle(length, size, step, expected):
+    x = jnp.arange(2 * length).reshape(1, 2, length, 1)
+    out = training.every(x, (2, size), (1, step))
+    np.testing.assert_array_equal(out[0, 0, :, 0], expected)
+    np.testing.assert_array_equal(out[0, 1, :, 0], np.add(expected, length))
+
+
+def _plain_loss(logits, label, weight):
+    """A weighted mean that sees every number it is given."""
+    values = (logits[..., 0] - 2.0 * logits[..., 1] - label.astype(logits.dtype)) ** 2
+    return (weight * values).mean(tuple(range(1, weight.ndim)))
+
+
+@pytest.mark.parametrize(
+    ("size", "coarse", "shares"),
+    [
+        ((8, 12), [(4, 6), (2, 3)], (1, 1 / 2, 1 / 4)),
+        ((8, 12), [(8, 6), (4, 3), (1, 3)], (1, 1 / 2, 1 / 4, 1 / 8)),
+        ((9, 6), [(4, 3)], (1, 1 / 2)),
+        ((4, 8, 6), [(4, 4, 3), (2, 2, 1)], (1, 1 / 2, 1 / 6)),
+    ],
+)
+def test_coarser_heads_see_fewer_pixels_and_count_less(rng, size, coarse, shares):
+    sizes = [size, *coarse]
+    heads = [rng.standard_normal((2, *s, 2)) for s in sizes]
+    label = rng.integers(0, 5, (2, *size))
+    weight = rng.uniform(0.5, 2.0, (2, *size))
+    expected = 0.0
+    for head, s, share in zip(heads, sizes, shares, strict=True):
+        steps = [round(n / m) for n, m in zip(size, s, strict=True)]
+        given = (_from_the_middle(x, s, steps) for x in (label, weight))
+        expected = expected + share * _plain_loss(head, *given)
+    expected = expected / sum(shares)
+    with jax.enable_x64(True):
+        given = [jnp.asarray(head) for head in heads]
+        loss = training.supervised_losses(
+            _plain_loss,
+            given[0],
+            {"heads": tuple(given)},
+            jnp.asarray(label),
+            jnp.asarray(weight),
+        )
+    assert loss.shape == (2,)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("larger", [0, 2])
+def test_heads_of_full_size_count_alike(rng, larger):
+    # With valid padding the earlier heads are larger, and cut to the last one's size.
+    size = (6, 5)
+    heads = [
+        rng.standard_normal((2, *(n + i * larger for n in size), 2)) for i in (2, 1, 0)
+    ]
+    label = rng.integers(0, 5, (2, *size))
+    weight = rng.uniform(0.5, 2.0, (2, *size))
+    cut = [
+        head[:, i : i + size[0], i : i + size[1]]
+        for head, i in zip(heads, (larger, larger // 2, 0), strict=True)
+    ]
+    expected = np.mean([_plain_loss(head, label, weight) for head in cut], axis=0)
+    with jax.enable_x64(True):
+        given = [jnp.asarray(x) for x in (*heads, label, weight)]
+        aux = {"heads": tuple(given[:3])}
+        loss = training.supervised_losses(_plain_loss, given[2], aux, *given[3:])
+        alone = training.supervised_losses(_plain_loss, given[2], {}, *given[3:])
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(alone, _plain_loss(heads[2], label, weight), rtol=1e-12)
+
+
+@pytest.mark.parametrize("decoder", ["unet", "unetpp"])
+def test_every_head_of_a_supervised_net_learns(rng, decoder):
+    model = models.UNet(
+        num_classes=2,
+        features=(2, 3, 2),
+        norm="none",
+        decoder=decoder,
+        deep_supervision=True,
+    )
+    tx, _ = optim.build(total_steps=9, name="sgd", learning_rate=0.1)
+    batch = _batch(rng)
+    image = jnp.asarray(batch["image"], jnp.float32) / 255.0
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    params = jax.tree.map(  # faster than compiling `init`
+        lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), leaf.dtype),
+        shapes,
+    )
+    state = training.TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats={},
+        opt_state=tx.init(params),
+        ema=None,
+        lr_scale=jnp.ones((), jnp.float32),
+        key=jax.random.key(0),
+    )
+    step = jax.jit(training.make_train_step(model, tx, _plain_loss, stats=STATS))
+    new, stats = step(state, batch)
+    names = {"unet": {"head0", "head1"}, "unetpp": {"head1", "head2"}}[decoder]
+    assert {name for name in params if name.startswith("head")} == names
+    for name in names:
+        for key, old in params[name].items():
+            assert jnp.any(new.params[name][key] != old), (name, key)
+    chex.assert_tree_all_finite(new.params)
+    _, aux = model.apply({"params": params}, image)
+    first, second = (np.asarray(head, np.float64) for head in aux["heads"])
+    label, weight = batch["label"], batch["weight"]
+    if decoder == "unetpp":
+        losses = _plain_loss(first, label, weight) + _plain_loss(second, label, weight)
+        expected = losses / 2
+    else:
+        fewer = label[:, ::2, ::2], weight[:, ::2, ::2]
+        losses = 2 * _plain_loss(first, label, weight) + _plain_loss(second, *fewer)
+        expected = losses / 3
+    np.testing.assert_allclose(stats["loss"], expected.sum(), rtol=1e-5)
