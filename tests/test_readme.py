@@ -5,11 +5,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from unet_jax import models
+from unet_jax import models, torch_weights
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+TORCH = (ROOT / "docs" / "torch.md").read_text()
 
 
 def test_the_research_snippet_runs_as_it_stands(capsys):
@@ -29,8 +31,9 @@ def test_both_commands_set_up_everything_themselves():
 
 
 def test_what_it_links_to_exists():
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for folder, text in ((ROOT, README), (ROOT / "docs", TORCH)):
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / link).exists(), link
 
 
 def test_every_config_is_in_it_or_among_the_named_nets():
@@ -50,3 +53,45 @@ def test_the_parameters_among_the_named_nets_are_right():
         variables = jax.eval_shape(model.init, jax.random.key(0), image)
         count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         assert f" {count} " in row, name
+
+
+def test_the_families_of_pytorch_are_all_in_it_with_what_is_taken_unless_told():
+    rows = [line for line in TORCH.splitlines() if line.startswith("| `")]
+    for family in torch_weights.FAMILIES.values():
+        options, measured = [
+            row for row in rows if row.startswith(f"| `{family.name}` |")
+        ]
+        *_, taken, _ = options.split("|")
+        told = re.findall(r"`(\w+ = [^`]+)`", taken)
+        assert told == [f"{k} = {v}" for k, v in family.options.items()], family.name
+        assert re.search(r"\| \d\.\de-\d \|", measured), family.name
+    named = {row.split("`")[1] for row in rows}
+    assert set(torch_weights.FAMILIES) <= named
+
+
+def test_the_examples_with_pytorch_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    model = models.build("unet", num_classes=2, features=(4, 6))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    torch_weights.save("unet.pth", model, variables, "milesial")
+    blocks = re.findall(r"```python\n(.*?)```", TORCH, re.DOTALL)
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/torch.md", "exec"), space)
+    off, *losses = map(float, capsys.readouterr().out.split())
+    assert off < 1e-6
+    theirs, ours = losses[:3], losses[3:]
+    assert theirs[0] > theirs[2]
+    assert ours == pytest.approx(theirs, abs=2e-5)
+
+
+def test_the_errors_of_tutorials_name_tests_that_exist():
+    errors = TORCH.split("## Errors you will meet in tutorials")[1].split("\n## ")[0]
+    names = re.findall(r"`([\w/.:]*test_[\w/.:]+)`", errors)
+    here = "tests/test_tutorial_errors.py"
+    places = [(name.split("::") if ".py::" in name else [here, name]) for name in names]
+    tests = [place for place in places if not place[-1].endswith(".py")]
+    assert len(tests) >= 9
+    for file, name in tests:
+        assert f"def {name}(" in (ROOT / file).read_text(), name

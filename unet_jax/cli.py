@@ -378,6 +378,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     names = ("option", "classes", "task", "normalisation", "mean", "std", "config")
     inward = (*names, "check", "module")
+    if not Path(arguments.weights).exists():
+        raise InputError(
+            f"there is no {arguments.weights}: give a file of weights, or a workdir"
+            " whose net is to be written for PyTorch."
+        )
     back = Path(arguments.weights).is_dir()
     for name in inward if back else ("dtype", "which"):
         if getattr(arguments, name) is not None:
