@@ -126,7 +126,15 @@ def test_every_named_net_has_a_config():
         assert config.model.name == name and config.data.source == "cells"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# One that compiles a step takes 5 to 20 s: of the named nets two, the others are slow.
+AT_ONCE = {*CONFIGS} - {*FAMILY} | {"unetpp", "unet_2015"}
+TRIED = [
+    name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.slow)
+    for name in CONFIGS
+]
+
+
+@pytest.mark.parametrize("name", TRIED)
 def test_config_trains_one_step_and_evaluates(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert json.loads(json.dumps(train.chosen(config))) is not None

@@ -661,6 +661,7 @@ def test_an_encoder_for_images_of_other_channels(channels, tmp_path):
             np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(initial=0.0))
 
 
+@pytest.mark.slow
 def test_an_encoder_in_a_run(tmp_path, capsys):
     smp = {f"model.encoder.{k}": v for k, v in resnet18().items() if "fc" not in k}
     smp["model.decoder.blocks.0.conv1.0.weight"] = np.zeros((4, 4, 3, 3), np.float32)
