@@ -136,6 +136,30 @@ def test_attention_gates():
     _again(net, model, variables, "leejunhyun")
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_norms_after_activations_and_bilinear_up_sampling(norm):
+    net = nets.filled(nets.Paths(3, 2, WIDTHS, norm=norm))
+    model, variables = _compare(net, _image((2, 3, 16, 24)), padding="same")
+    assert (model.up, model.order) == ("bilinear_dense", "can")
+    _again(net, model, variables, "jvanvugt")
+
+
+RESNETS = {
+    "resnet18": {"counts": (2, 2, 2, 2)},
+    "resnet18, excited": {"counts": (2, 2, 2, 2), "excited": True},
+    "resnet50": {"counts": (3, 4, 6, 3), "bottleneck": True},
+}
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_a_unet_on_a_resnet_at_an_odd_size(name):
+    widths = (4, 8, 8, 12, 16)
+    net = nets.ResUNet(3, 2, widths, out=(8, 6, 6, 4, 4), **RESNETS[name])
+    model, variables = _compare(nets.filled(net), _image((1, 3, 45, 70)))
+    assert model.encoder == name.split(",")[0]
+    _again(net, model, variables, "smp")
+
+
 # --- Training ------------------------------------------------------------------------
 
 

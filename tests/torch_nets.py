@@ -4,6 +4,8 @@ Their modules are named as public code names them, so that a state dict of their
 read like a checkpoint. Imported by tests that have PyTorch only.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -337,3 +339,175 @@ class Attention(nn.Module):
             skip = getattr(self, f"Att{i}")(up, skip)
             x = getattr(self, f"Up_conv{i}")(torch.cat([skip, up], dim=1))
         return self.Conv_1x1(x)
+
+
+class Paths(nn.Module):
+    """A padded U-Net with norms after activations and bilinear up-sampling."""
+
+    def __init__(self, channels, classes, widths, *, norm=True):
+        super().__init__()
+
+        def block(inside, out):
+            layers = []
+            for a in (inside, out):
+                layers += [nn.Conv2d(a, out, 3, padding=1), nn.ReLU()]
+                layers += [nn.BatchNorm2d(out)] if norm else []
+            return nn.ModuleDict({"block": nn.Sequential(*layers)})
+
+        downs = zip((channels, *widths), widths, strict=False)
+        self.down_path = nn.ModuleList(block(a, b) for a, b in downs)
+        ups = list(itertools.pairwise(widths))[::-1]
+        self.up_path = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "up": nn.Sequential(
+                        nn.Upsample(mode="bilinear", scale_factor=2),
+                        nn.Conv2d(coarse, fine, 1),
+                    ),
+                    "conv_block": block(2 * fine, fine),
+                }
+            )
+            for fine, coarse in ups
+        )
+        self.last = nn.Conv2d(widths[0], classes, 1)
+
+    def forward(self, x):
+        maps = []
+        for i, down in enumerate(self.down_path):
+            x = F.max_pool2d(x, 2) if i else x
+            x = down["block"](x)
+            maps.append(x)
+        maps.pop()
+        for up in self.up_path:
+            x = torch.cat([up["up"](x), maps.pop()], dim=1)
+            x = up["conv_block"]["block"](x)
+        return self.last(x)
+
+
+class Residual(nn.Module):
+    """A ResNet's block, of two convolutions or of three with a narrow middle."""
+
+    def __init__(self, inside, out, stride, *, bottleneck):
+        super().__init__()
+        mid = out // 4 if bottleneck else out
+        plan = [(inside, mid, 3, stride), (mid, out, 3, 1)]
+        if bottleneck:
+            plan = [(inside, mid, 1, 1), (mid, mid, 3, stride), (mid, out, 1, 1)]
+        self.count = len(plan)
+        for i, (a, b, k, s) in enumerate(plan, start=1):
+            conv = nn.Conv2d(a, b, k, stride=s, padding=k // 2, bias=False)
+            setattr(self, f"conv{i}", conv)
+            setattr(self, f"bn{i}", nn.BatchNorm2d(b))
+        self.downsample = None
+        if stride > 1 or inside != out:
+            conv = nn.Conv2d(inside, out, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.count + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = F.relu(y) if i < self.count else y
+        return F.relu(y + (self.downsample(x) if self.downsample else x))
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier, as a pyramid that begins with the image."""
+
+    def __init__(self, channels, widths, counts, *, bottleneck):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, widths[0], 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        for stage, count in enumerate(counts, start=1):
+            inside, out = widths[stage - 1], widths[stage]
+            blocks = [
+                Residual(
+                    out if i else inside,
+                    out,
+                    2 if stage > 1 and i == 0 else 1,
+                    bottleneck=bottleneck,
+                )
+                for i in range(count)
+            ]
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+
+    def forward(self, x):
+        maps = [x, F.relu(self.bn1(self.conv1(x)))]
+        x = F.max_pool2d(maps[-1], 3, 2, 1)
+        for stage in range(1, 5):
+            x = getattr(self, f"layer{stage}")(x)
+            maps.append(x)
+        return maps
+
+
+class Excite(nn.Module):
+    """Channel and pixel gates, added (1803.02579)."""
+
+    def __init__(self, width):
+        super().__init__()
+        inner = max(width // 16, 1)
+        self.attention = nn.Module()
+        self.attention.cSE = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(width, inner, 1),
+            nn.ReLU(),
+            nn.Conv2d(inner, width, 1),
+            nn.Sigmoid(),
+        )
+        self.attention.sSE = nn.Sequential(nn.Conv2d(width, 1, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * self.attention.cSE(x) + x * self.attention.sSE(x)
+
+
+class Joint(nn.Module):
+    def __init__(self, coarse, skip, out, *, excited):
+        super().__init__()
+
+        def unit(a, b):
+            conv = nn.Conv2d(a, b, 3, padding=1, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU())
+
+        self.conv1, self.conv2 = unit(coarse + skip, out), unit(out, out)
+        self.excited = excited
+        if excited:
+            self.attention1 = Excite(coarse + skip)
+            self.attention2 = Excite(out)
+
+    def forward(self, x, skip, size):
+        x = F.interpolate(x, size=size, mode="nearest")
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+            x = self.attention1(x) if self.excited else x
+        x = self.conv2(self.conv1(x))
+        return self.attention2(x) if self.excited else x
+
+
+class ResUNet(nn.Module):
+    """A U-Net on a ResNet, up-sampled to the exact size of each skip."""
+
+    def __init__(
+        self, channels, classes, widths, counts, out, *, bottleneck=False, excited=False
+    ):
+        super().__init__()
+        self.encoder = ResNet(channels, widths, counts, bottleneck=bottleneck)
+        skips = [*widths[-2::-1], 0]
+        self.decoder = nn.Module()
+        self.decoder.blocks = nn.ModuleList(
+            Joint(coarse, skip, width, excited=excited)
+            for coarse, skip, width in zip(
+                (widths[-1], *out[:-1]), skips, out, strict=True
+            )
+        )
+        self.segmentation_head = nn.Sequential(
+            nn.Conv2d(out[-1], classes, 3, padding=1)
+        )
+
+    def forward(self, x):
+        maps = self.encoder(x)
+        y = maps.pop()
+        for block in self.decoder.blocks:
+            skip = maps.pop()
+            size = skip.shape[2:]
+            y = block(y, skip if maps else None, size)
+        return self.segmentation_head(y)
