@@ -258,20 +258,36 @@ def kernels_of(
     return fields
 
 
-def refuse_up(up: str) -> None:
-    """Refuses an interpolation for a net whose up-convolutions are in the file.
+def ways_up(
+    shapes: Shapes, names: Sequence[str], levels: Sequence[int], up: str
+) -> dict[str, Any]:
+    """The fields of a net that say how it goes up: as up-convolutions in the file do.
 
     Args:
-        up: The option; the family's usual one counts as not given.
+        shapes: Of the checkpoint.
+        names: Of the up-convolutions, by the level they go to, finest first.
+        levels: Channels of the decoder's levels.
+        up: Where the file has no up-convolutions, the interpolation.
 
     Raises:
-        InputError: Another one.
+        InputError: An interpolation other than the usual one, which counts as not
+            given, and up-convolutions in the file.
     """
+    convs = [shape for name in names if (shape := shapes.get(f"{name}.weight"))]
+    if len(convs) < len(names):
+        return {"up": up}
     if up not in ("transpose", "bilinear_aligned"):
         raise InputError(
             f"up = {up!r} is for nets without up-convolutions, and the file has them:"
             " leave it out."
         )
+    given, out = [conv[0] for conv in convs], [conv[1] for conv in convs]
+    return {
+        "up": "transpose",
+        "up_features": up_features_of(out, levels, given),
+        "up_bias": f"{names[0]}.bias" in shapes,
+        "strides": shared([conv[2:] for conv in convs], 2),
+    }
 
 
 def listed(names: Iterable[str], *, most: int = 6) -> str:

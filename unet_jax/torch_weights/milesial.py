@@ -17,10 +17,9 @@ from unet_jax.torch_weights.family import (
     Shapes,
     find_block,
     norm_of,
-    refuse_up,
     sequence,
     shared,
-    up_features_of,
+    ways_up,
 )
 from unet_jax.torch_weights.tensors import Names
 from unet_jax.types import InputError
@@ -47,16 +46,7 @@ def _read(
     head = heads[0].removesuffix(".weight")
     features = (first.widths[-1], *(down.widths[-1] for down in downs))
     widths = tuple(block.widths[-1] for block in ups)
-    convs = [shapes.get(f"up{depth - i}.up.weight") for i in range(depth)]
-    own: dict[str, Any] = {"up": up, "decoder_block": None}
-    strides: list[tuple[int, ...]] = [(2,) * len(first.kernel)] * depth
-    if all(convs):
-        refuse_up(up)
-        given = [conv[0] for conv in convs if conv]
-        strides = [conv[2:] for conv in convs if conv]
-        out = [conv[1] for conv in convs if conv]
-        own = {"up": "transpose", "up_features": up_features_of(out, widths, given)}
-        own["up_bias"] = "up1.up.bias" in shapes
+    own = ways_up(shapes, [f"up{depth - i}.up" for i in range(depth)], widths, up)
     if any(block.widths[0] != block.widths[-1] for block in ups):
         own["decoder_block"] = "narrowing"
     layout = {
@@ -76,7 +66,6 @@ def _read(
             "norm": norm_of(first),
             "conv_bias": first.bias,
             "kernels": shared([b.kernel for b in (first, *downs)], 3),
-            "strides": shared(strides, 2),
             "head_kernel": shapes.kernel(head)[0],
             **own,
             **fields,

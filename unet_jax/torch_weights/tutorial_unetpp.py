@@ -7,7 +7,6 @@ for deep supervision. The up-sampled map comes first, then the row's earlier nod
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from unet_jax.models import UNet
 from unet_jax.torch_weights.family import (
@@ -16,10 +15,8 @@ from unet_jax.torch_weights.family import (
     Shapes,
     find_block,
     norm_of,
-    refuse_up,
     sequence,
-    shared,
-    up_features_of,
+    ways_up,
 )
 from unet_jax.torch_weights.tensors import Names
 from unet_jax.types import InputError
@@ -50,15 +47,8 @@ def _read(
     }
     features = (first.widths[-1], *(down.widths[-1] for down in downs))
     last = tuple(blocks[f"{i}_{depth - i}"].widths[-1] for i in range(depth))
-    own: dict[str, Any] = {"up": up, "decoder_block": None}
-    convs = [shapes.get(f"{nodes[f'{i}_{depth - i}']}.up.weight") for i in range(depth)]
-    if all(convs):
-        refuse_up(up)
-        given = [conv[0] for conv in convs if conv]
-        out = [conv[1] for conv in convs if conv]
-        own = {"up": "transpose", "up_features": up_features_of(out, last, given)}
-        own["up_bias"] = f"{nodes['0_1']}.up.bias" in shapes
-        own["strides"] = shared([conv[2:] for conv in convs if conv], 2)
+    ups = [f"{nodes[f'{i}_{depth - i}']}.up" for i in range(depth)]
+    own = ways_up(shapes, ups, last, up)
     if any(block.widths[0] != block.widths[-1] for block in blocks.values()):
         own["decoder_block"] = "narrowing"
     heads = {m[2]: m[1] for key in shapes if (m := re.fullmatch(_HEAD, key))}
