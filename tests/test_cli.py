@@ -158,4 +158,4 @@ def test_the_module_runs():
         )
         assert "usage: unet-jax" in done.stdout
         assert " jax\n" not in done.stderr  # so that help answers at once
-    assert "0 and 255" in cli._VALUES
+    assert "0 and 255" in cli.predict._VALUES

@@ -1,0 +1,111 @@
+"""What several commands share: their flags, and how flags and configs are read."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def add_workdir(command: argparse.ArgumentParser) -> None:
+    """The flags that name a workdir and its checkpoint."""
+    add = command.add_argument
+    add("--workdir", required=True, metavar="DIR", help="where train.py wrote")
+    add(
+        "--which",
+        type=which,
+        default="best",
+        help="checkpoint: best, latest or a step (best)",
+    )
+
+
+def add_split(command: argparse.ArgumentParser) -> None:
+    """The flags that name the data to measure on."""
+    add = command.add_argument
+    add(
+        "--split",
+        default="evaluation",
+        help="evaluation or train, as in the run's config, or a split such as test or"
+        " 'train[:20%%]' (evaluation)",
+    )
+    add("--config", metavar="FILE", help="a config of train.py: other data and loss")
+    add("--root", metavar="DIR", help="where the data is now, if it has moved")
+    add(
+        "--empty",
+        default="skip",
+        choices=("skip", "one", "zero"),
+        help="what the score of a class is where it is neither in the truth nor in the"
+        " prediction: left out, 1 or 0 (skip)",
+    )
+    add("--batch_size", type=int, default=0, metavar="N", help="images run together")
+
+
+def which(text: str) -> str:
+    """A checkpoint, as argparse reads its flag."""
+    if text not in ("best", "latest") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not best, latest or a step")
+    return text
+
+
+def literal(text: str) -> Any:
+    """What Python reads a text as, else the text."""
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def config(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The config of ``--config=FILE`` with its ``--config.KEY=VALUE``, or None."""
+    if arguments.config is None:
+        return None
+    return read_config(arguments.config, arguments.changes)
+
+
+def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """A config file of train.py as plain data, without the keys that are None.
+
+    Args:
+        path: The file.
+        changes: ``--config.KEY=VALUE``.
+    """
+    import re
+    import runpy
+    from pathlib import Path
+
+    from unet_jax.types import InputError
+
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"there is no config {path}: give a file like configs/x.py.")
+    # As train.py is started: a config may import others beside it.
+    sys.path.insert(0, str(file.absolute().parent.parent))
+    try:
+        config = runpy.run_path(str(file))["get_config"]()
+    finally:
+        sys.path.pop(0)
+    config.lock()  # so that a key which is not there is refused
+    for text in changes:
+        key, _, value = text.removeprefix("--config.").partition("=")
+        try:
+            config.update_from_flattened_dict({key: literal(value)})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            why = re.sub(" and cannot be added.*}", "", str(error), flags=re.DOTALL)
+            why = re.sub(r"[\s'\"\\]+", " ", why.replace("\\n", " ")).strip()
+            raise InputError(f"{text} does not change {path}: {why}") from error
+
+    def chosen(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: chosen(v) for k, v in value.items() if v is not None}
+
+    return chosen(config.to_dict())
+
+
+def say_devices(file: Any) -> None:
+    """The first line: which backend, which device, how many."""
+    import jax
+
+    kind, count = jax.devices()[0].device_kind, len(jax.devices())
+    print(f"{jax.default_backend()}: {kind}, {count} device(s)", file=file, flush=True)
