@@ -73,7 +73,12 @@ def get_config() -> ConfigDict:
     augment.scale = 0.0  # 0.25: by a factor of 1/1.25 to 1.25
     augment.shift = 0.0  # part of the size, either way
     augment.rotate_3d = placeholder(bool)  # about all three axes
-    augment.probability = placeholder(float)  # of rotation, scale and shift
+    augment.elastic = placeholder(object)  # pixels; the paper's is 10. Or one an axis
+    augment.elastic_grid = placeholder(int)  # nodes along each axis of the crop
+    augment.elastic_method = placeholder(str)  # cubic | linear | dense
+    augment.elastic_sigma = placeholder(float)  # pixels that dense is smoothed over
+    augment.interpolation = placeholder(str)  # of the image: linear | cubic
+    augment.probability = placeholder(float)  # of rotation, scale, shift; of elastic
     augment.brightness = 0.0
     augment.contrast = 0.0
     augment.gamma = 0.0

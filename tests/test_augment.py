@@ -1,5 +1,6 @@
 """Augmentation: what moves together, what stays exact, what a key decides."""
 
+import functools
 import inspect
 
 import jax
@@ -340,3 +341,69 @@ def test_every_random_operation_has_the_key_first_and_options_by_name():
         for option in options:
             assert option.kind in (option.KEYWORD_ONLY, option.VAR_KEYWORD), name
         assert function.__doc__, name
+
+
+@pytest.mark.parametrize("method", ["cubic", "linear", "dense"])
+@pytest.mark.parametrize("size", [(24, 20), (6, 12, 12)])
+def test_a_void_label_is_never_learnt_however_the_image_is_bent(rng, method, size):
+    """255 lies under weight 0; wherever weight is left, the label is another."""
+    void = rng.uniform(size=size) < 0.3
+    label = rng.integers(0, 4, size)
+    source = {
+        "image": rng.normal(size=(*size, 1)).astype(np.float32),
+        "label": np.where(void, 255, label).astype(np.int32),
+        "weight": np.where(void, 0, rng.uniform(1, 11, size)).astype(np.float32),
+    }
+    bend = augment.build(
+        flip=True, quarter_turns=True, rotate=30.0, scale=0.2, elastic=2.0,
+        elastic_method=method, elastic_sigma=4.0, interpolation="cubic",
+    )  # fmt: skip
+    moved = jax.vmap(bend, (0, None))(jax.random.split(jax.random.key(3), 8), source)
+    counted = np.asarray(moved["weight"]) > 0
+    assert 0.3 < counted.mean() < 0.8
+    assert (np.asarray(moved["label"])[counted] < 4).all()
+    assert moved["weight"].max() <= source["weight"].max() + 1e-4
+    assert not np.allclose(moved["image"][0], moved["image"][1])
+
+
+def test_displacements_have_the_deviation_that_was_asked_for():
+    keys = jax.random.split(jax.random.key(0), 3000)
+    for method, sigma in (("cubic", 0.0), ("linear", 0.0), ("dense", 3.0)):
+        draw = functools.partial(
+            augment.random_displacement_field, shape=(9, 13), elastic=(10.0, 2.0),
+            method=method, sigma=sigma,
+        )  # fmt: skip
+        fields = np.asarray(jax.vmap(draw)(keys))
+        nodes = fields[:, :, ::4, ::6]
+        np.testing.assert_allclose(nodes[:, 0].std(0), 10, rtol=0.06)
+        np.testing.assert_allclose(nodes[:, 1].std(0), 2, rtol=0.06)
+        np.testing.assert_allclose(nodes.mean(0), 0, atol=0.7)
+
+
+def test_no_displacement_is_the_affine_map_alone(rng):
+    source = {
+        "image": rng.normal(size=(16, 16, 1)).astype(np.float32),
+        "label": rng.integers(0, 3, (16, 16)).astype(np.int32),
+    }
+    key = jax.random.key(5)
+    options = {"flip": True, "quarter_turns": True, "rotate": 40.0, "noise": 0.1}
+    plain = augment.build(**options)(key, source)
+    # Deformation has a key of its own: what else is drawn does not change with it.
+    bent = augment.build(**options, elastic=(0.0, 1e-30))(key, source)
+    np.testing.assert_allclose(plain["image"], bent["image"], atol=1e-5)
+    never = augment.build(elastic=5.0, probability=0.0)
+    assert never is None
+
+
+def test_elastic_deformation_of_other_axes_is_refused():
+    source = {"image": np.zeros((8, 8, 1), np.float32), "label": np.zeros((8, 8), int)}
+    with pytest.raises(InputError, match=r"augment.elastic=\(1, 2, 3\) has 3 numbers"):
+        augment.build(elastic=(1, 2, 3))(jax.random.key(0), source)
+    with pytest.raises(InputError, match="elastic_grid=1"):
+        augment.build(elastic=1.0, elastic_grid=1)
+    with pytest.raises(InputError, match="elastic_method = 'spline' is not known"):
+        augment.build(elastic=1.0, elastic_method="spline")
+    with pytest.raises(InputError, match="interpolation"):
+        augment.build(interpolation="nearest")
+    with pytest.raises(InputError, match="elastic"):
+        augment.build(elastic=(1.0, -1.0))

@@ -174,3 +174,157 @@ def test_fields_of_flips_and_turns_equal_the_exact_operations(rng, size):
         exact = resample(augment.flip(source, flipped=flipped), field)
         both = resample(source, warp.flip_field(field, flipped=flipped))
         assert_same(both, {k: np.asarray(v) for k, v in exact.items()}, atol=2e-5)
+
+
+def keys_weights(part):
+    """Cubic convolution by its definition (Keys 1981, eq. 15), a = -1/2."""
+
+    def kernel(x):
+        x = abs(x)
+        if x < 1:
+            return 1.5 * x**3 - 2.5 * x**2 + 1
+        return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+    return [kernel(part - tap) for tap in range(-1, 3)]
+
+
+@pytest.mark.parametrize("size", [(2,), (9, 7), (4, 5, 6), (1, 7)])
+@pytest.mark.parametrize("method", ["cubic", "linear"])
+def test_a_coarse_grid_gives_its_nodes_and_straight_lines(rng, size, method):
+    """A displacement that is linear in the place stays linear, at the edges as well."""
+    rank, nodes = len(size), (3, 4, 2)[: len(size)]
+    slope, start = rng.normal(size=(rank, rank)), rng.normal(size=rank)
+
+    def plane(axes):
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"))
+        return np.einsum("ij,j...->i...", slope, grid) + start.reshape(
+            -1, *[1] * rank
+        )  # fmt: skip
+
+    vectors = plane([np.linspace(0, 1, n) for n in nodes]).astype(np.float32)
+    got = warp.grid_displacement(jnp.asarray(vectors), size, method=method)
+    want = plane([np.linspace(0, 1, n) for n in size])
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    on_nodes = tuple(1 + 6 * (n - 1) for n in nodes)
+    vectors = rng.normal(size=(rank, *nodes)).astype(np.float32)
+    got = warp.grid_displacement(jnp.asarray(vectors), on_nodes, method=method)
+    every = (slice(None), *[slice(None, None, 6)] * rank)
+    np.testing.assert_allclose(got[every], vectors, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["cubic", "linear"])
+def test_between_the_nodes_equals_the_definition(rng, method):
+    """One pixel at a time in float64, with a straight continuation at the edges."""
+    vectors = rng.normal(size=(2, 3, 4))
+    size = (11, 8)
+    got = warp.grid_displacement(
+        jnp.asarray(vectors.astype(np.float32)), size, method=method
+    )
+    longer = np.pad(vectors, [(0, 0), (1, 1), (1, 1)], "reflect", reflect_type="odd")
+    for y in range(size[0]):
+        for x in range(size[1]):
+            places = [y * 2 / 10, x * 3 / 7]
+            want = np.zeros(2)
+            taps = []
+            for place, nodes in zip(places, (3, 4), strict=True):
+                low = min(int(place), nodes - 2)
+                part = place - low
+                shares = keys_weights(part)
+                if method == "linear":
+                    shares = [0, 1 - part, part, 0]
+                taps.append([(low + i, share) for i, share in enumerate(shares)])
+            for i, a in taps[0]:
+                for j, b in taps[1]:
+                    want += a * b * longer[:, i, j]
+            np.testing.assert_allclose(got[:, y, x], want, atol=2e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 3.0, 40.0])
+def test_smoothed_noise_keeps_its_deviation(rng, sigma):
+    noise = rng.normal(size=(2, 12, 20)).astype(np.float32)
+    got = warp.smooth_displacement(jnp.asarray(noise), sigma=sigma)
+    # scipy's weights add up to 1; ours have squares that do.
+    filtered = noise.astype(np.float64)
+    for axis, size in ((1, 12), (2, 20)):
+        away = np.arange(-size, size + 1)
+        kernel = np.exp(-0.5 * (away / sigma) ** 2)
+        square = scipy.ndimage.convolve1d(np.ones(size), kernel**2, mode="constant")
+        filtered = scipy.ndimage.convolve1d(filtered, kernel, axis, mode="constant")
+        shape = [1, 1, 1]
+        shape[axis] = size
+        filtered /= np.sqrt(square).reshape(shape)
+    np.testing.assert_allclose(got, filtered, atol=1e-5)
+    many = jax.vmap(lambda k: jax.random.normal(k, (1, 6, 9)))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
+    fields = jax.vmap(lambda n: warp.smooth_displacement(n, sigma=sigma))(many)
+    np.testing.assert_allclose(np.std(fields, axis=0), 1.0, atol=0.06)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (8, 10, 10)])
+def test_the_composed_field_equals_the_sequential_composition(rng, size):
+    """Flip, turn, rotate, scale, shift, deform: one field, to 1e-4 of a pixel.
+
+    Sequentially: the picture of every pixel's own coordinates goes through the exact
+    flip and quarter turn and through two interpolations, which are exact for it.
+    """
+    rank = len(size)
+    angles = rng.uniform(-0.3, 0.3, 1 if rank == 2 else 3).astype(np.float32)
+    zoom, shift = np.float32(1.3), rng.uniform(-1, 1, rank).astype(np.float32)
+    flipped = np.array([True, False, True][:rank])
+    vectors = rng.normal(size=(rank, *[3] * rank)).astype(np.float32)
+    bent = warp.grid_displacement(jnp.asarray(vectors), size)
+    field = affine_field(size, angles=angles, zoom=zoom, shift=shift, displacement=bent)
+    field = warp.quarter_turn_field(field, turns=3)
+    field = warp.flip_field(field, flipped=flipped)
+
+    places = np.moveaxis(np.asarray(warp.coordinates(size)), 0, -1)
+    source = {"image": jnp.asarray(places), "label": np.ones(size, np.int32)}
+    moved = augment.flip(source, flipped=flipped)
+    moved = augment.quarter_turn(moved, turns=3)
+    only = affine_field(size, angles=angles, zoom=zoom, shift=shift)
+    moved = resample(moved, only)
+    # Outside the frame the picture is mirrored, and twice mirrored is not once: a
+    # channel of ones and zeros follows what was read inside.
+    ends = np.asarray(size).reshape(-1, *[1] * rank) - 1
+
+    def inside(field):
+        return ((np.asarray(field) >= 0) & (np.asarray(field) <= ends)).all(0)
+
+    frame = jnp.asarray(inside(only)[..., None], jnp.float32)
+    moved["image"] = jnp.concatenate([moved["image"], frame], axis=-1)
+    last = warp.coordinates(size) + bent
+    moved = resample(moved, last)
+    image, frame = np.split(np.asarray(moved["image"]), [rank], axis=-1)
+    counted = inside(last) & (frame[..., 0] == 1)
+    assert counted.mean() > 0.25
+    got = np.moveaxis(np.asarray(field), 0, -1)[counted]
+    np.testing.assert_allclose(got, image[counted], atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(6, 9), (2, 5), (4, 3, 5)])
+def test_cubic_interpolation_equals_the_definition(rng, size):
+    source = example(rng, size)
+    scale = np.asarray(size).reshape((-1, *[1] * len(size)))
+    field = rng.uniform(-0.5, 1.5, (len(size), *size)) * (scale - 1)
+    field = field.astype(np.float32)
+    moved = jax.jit(warp.resample, static_argnames="interpolation")(
+        source, jnp.asarray(field), interpolation="cubic"
+    )
+    widths = [(40, 40)] * len(size) + [(0, 0)]
+    mirrored = np.pad(source["image"].astype(np.float64), widths, "reflect")
+    for place in np.ndindex(*size):
+        want, taps = np.zeros(2), [()]
+        for at in field[(slice(None), *place)].astype(np.float64):
+            low = int(np.floor(at))
+            shares = keys_weights(at - low)
+            taps = [(*t, (low - 1 + i, s)) for t in taps for i, s in enumerate(shares)]
+        for tap in taps:
+            where = tuple(i + 40 for i, _ in tap)
+            want += np.prod([s for _, s in tap]) * mirrored[where]
+        np.testing.assert_allclose(moved["image"][place], want, atol=3e-5)
+    plain = resample(source, jnp.asarray(field))
+    np.testing.assert_array_equal(moved["label"], plain["label"])
+    np.testing.assert_array_equal(moved["weight"], plain["weight"])
+    still = warp.resample(source, warp.coordinates(size), interpolation="cubic")
+    assert_same(still, source)

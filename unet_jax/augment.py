@@ -9,8 +9,8 @@ dtype, and are pure; the step maps them over a batch with one key an example. ``
 
 Geometry moves image, label and weight together. Flips and quarter turns only move
 pixels; ``unet_jax.warp.resample`` is the one place where they are interpolated, so that
-rotation, scale and shift cost one interpolation. What comes from outside the frame is
-the mirrored image with weight 0.
+rotation, scale, shift and elastic deformation cost one interpolation. What comes from
+outside the frame is the mirrored image with weight 0.
 
 The image is expected in its normalised range, of roughly unit scale: ``brightness`` and
 ``noise`` are in its units.
@@ -18,20 +18,25 @@ The image is expected in its normalised range, of roughly unit scale: ``brightne
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.types import Array, AugmentFn, Example, InputError, Shape
+from unet_jax.types import Array, AugmentFn, Example, InputError, Shape, choose
 from unet_jax.warp import (
+    Interpolation,
     affine_field,
     flip_field,
+    grid_displacement,
     quarter_turn_field,
     resample,
+    smooth_displacement,
 )
+
+Elastic = Literal["cubic", "linear", "dense"]
 
 
 def flip(example: Example, *, flipped: Any) -> Example:
@@ -117,6 +122,7 @@ def random_affine_field(
     shift: float = 0.0,
     rotate_3d: bool = False,
     probability: float = 1.0,
+    displacement: Array | None = None,
 ) -> Array:
     """A random rotation, scale and shift, as the field that ``resample`` reads at.
 
@@ -128,7 +134,8 @@ def random_affine_field(
         scale: the factor is log-uniform in ``[1 / (1 + scale), 1 + scale]``.
         shift: fraction of the size; the shift of each axis is uniform in +-shift.
         rotate_3d: rotate in all three planes of a volume.
-        probability: how often there is any movement at all.
+        probability: how often there is any of them at all.
+        displacement: f32 ``[rank, *S]``, see ``unet_jax.warp.affine_field``.
 
     Returns:
         f32 ``[rank, *S]``.
@@ -146,7 +153,58 @@ def random_affine_field(
         angles=angles if rotate else (),
         zoom=zoom if scale else 1.0,
         shift=pixels if shift else (),
+        displacement=displacement,
     )
+
+
+def random_elastic(key: Array, example: Example, **options: Any) -> Example:
+    """Deform elastically; options as for ``random_displacement_field``."""
+    shape = example["image"].shape[:-1]
+    bent = random_displacement_field(key, shape, **options)
+    return resample(example, affine_field(shape, displacement=bent))
+
+
+def random_displacement_field(
+    key: Array,
+    shape: Shape,
+    *,
+    elastic: float | Sequence[float] = 10.0,
+    grid: int = 3,
+    method: Elastic = "cubic",
+    sigma: float = 0.0,
+    probability: float = 1.0,
+) -> Array:
+    """A random smooth displacement of every pixel.
+
+    Args:
+        key: PRNG key.
+        shape: ``*S``.
+        elastic: deviation of the Gaussian displacements in pixels, one number or one
+            for each axis.
+        grid: nodes of the coarse grid along each axis, 2 or more; ``dense`` has none.
+        method: how pixels between the nodes are displaced, ``cubic`` or ``linear``; or
+            ``dense``: each pixel has a vector of its own, and they are smoothed.
+        sigma: of the smoothing, in pixels; only ``dense`` uses it.
+        probability: how often there is any displacement at all.
+
+    Returns:
+        f32 ``[rank, *S]``, pixels. At the nodes, and with ``dense`` everywhere, its
+        deviation is ``elastic``.
+
+    Reference:
+        Ronneberger et al., U-Net, 2015, section 3.1: vectors on a 3 x 3 grid, Gaussian
+        with 10 pixels, bicubic interpolation. ``dense``: Simard et al. 2003.
+    """
+    vector_key, use_key = jax.random.split(key)
+    rank = len(shape)
+    use = jax.random.bernoulli(use_key, probability).astype(jnp.float32)
+    size = jnp.broadcast_to(jnp.asarray(elastic, jnp.float32), (rank,))
+    size = (use * size).reshape(rank, *[1] * rank)
+    nodes = shape if method == "dense" else (grid,) * rank
+    vectors = size * jax.random.normal(vector_key, (rank, *nodes), jnp.float32)
+    if method == "dense":
+        return smooth_displacement(vectors, sigma=sigma)
+    return grid_displacement(vectors, shape, method=method)
 
 
 def brightness(example: Example, *, delta: Any) -> Example:
@@ -211,6 +269,11 @@ def build(
     scale: float = 0.0,
     shift: float = 0.0,
     rotate_3d: bool = False,
+    elastic: float | Sequence[float] = 0.0,
+    elastic_grid: int = 3,
+    elastic_method: Elastic = "cubic",
+    elastic_sigma: float = 12.0,
+    interpolation: Interpolation = "linear",
     probability: float = 1.0,
     brightness: float = 0.0,
     contrast: float = 0.0,
@@ -219,8 +282,9 @@ def build(
 ) -> AugmentFn | None:
     """The augmentations that a configuration asks for, as one function.
 
-    The order is flips, quarter turns, the affine map, contrast, brightness, gamma,
-    noise. Each has its own key, so that turning one on does not change another.
+    The order is flips, quarter turns, the affine map, elastic deformation, contrast,
+    brightness, gamma, noise. Each has its own key, so that turning one on does not
+    change another.
 
     Args:
         flip: mirror along every spatial axis with probability one half.
@@ -231,7 +295,15 @@ def build(
         scale: see ``random_affine``.
         shift: fraction of the size, see ``random_affine``.
         rotate_3d: see ``random_affine``.
-        probability: of rotation, scale and shift together.
+        elastic: deviation of the displacements in pixels, one number or one for each
+            axis; the paper's is 10, on tiles of 572 pixels. See
+            ``random_displacement_field``.
+        elastic_grid: nodes of the coarse grid along each axis of the crop.
+        elastic_method: ``cubic``, ``linear`` or ``dense``.
+        elastic_sigma: pixels over which ``dense`` is smooth.
+        interpolation: of the image, ``linear`` or ``cubic``.
+        probability: of rotation, scale and shift together, and of the elastic
+            deformation.
         brightness: limit in the image's units.
         contrast: limit of the factor, minus 1.
         gamma: limit of the exponent, minus 1.
@@ -241,24 +313,34 @@ def build(
         ``(key, example) -> example``, or None when everything is off.
 
     Raises:
-        InputError: an amount that is negative or not finite, or a probability
-            outside [0, 1].
+        InputError: an amount that is negative or not finite, a probability outside
+            [0, 1], a grid of fewer than 2 nodes, or a method that is not known.
     """
-    amounts = {
+    amounts: dict[str, float | Sequence[float]] = {
         "rotate": rotate,
         "scale": scale,
         "shift": shift,
+        "elastic": elastic,
         "brightness": brightness,
         "contrast": contrast,
         "gamma": gamma,
         "noise": noise,
     }
     for name, amount in amounts.items():
-        if not 0 <= amount < math.inf:
+        each = amount if isinstance(amount, Sequence) else (amount,)
+        if not each or not all(0 <= value < math.inf for value in each):
             raise InputError(
                 f"augment.{name}={amount} must be a finite number of 0 or more "
                 "(0 turns it off; both directions are drawn)"
             )
+    choose(get_args(Elastic), elastic_method, "augment.elastic_method =")
+    choose(get_args(Interpolation), interpolation, "augment.interpolation =")
+    if elastic_grid < 2 or not 0 < elastic_sigma < math.inf:
+        raise InputError(
+            f"augment.elastic_grid={elastic_grid} and elastic_sigma={elastic_sigma}"
+            " must be at least 2 nodes and more than 0 pixels: the paper has a grid"
+            " of 3"
+        )
     if not 0 <= probability <= 1:
         raise InputError(f"augment.probability={probability} must lie in 0 to 1")
     if not all(axis in range(3) for axis in flip_axes):
@@ -270,15 +352,34 @@ def build(
     affine |= {"rotate_3d": rotate_3d, "probability": probability}
     if not (probability > 0 and (rotate > 0 or scale > 0 or shift > 0)):
         affine = {}
+    bend: dict[str, Any] = {"elastic": elastic, "grid": elastic_grid}
+    bend |= {"method": elastic_method, "sigma": elastic_sigma}
+    bend |= {"probability": probability}
+    if not (probability > 0 and np.any(np.asarray(elastic) > 0)):
+        bend = {}
     limits = (contrast, brightness, gamma, noise)
-    if not (flip or quarter_turns or affine or any(limits)):
+    if not (flip or quarter_turns or affine or bend or any(limits)):
         return None
 
     def augment(key: Array, example: Example) -> Example:
-        flip_key, turn_key, affine_key, *keys = jax.random.split(key, 3 + len(limits))
-        flips = _draw_flips(flip_key, example, flip_axes) if flip else None
-        turns = _draw_turns(turn_key, example) if quarter_turns else None
-        example = _move(example, flips=flips, turns=turns, key=affine_key, **affine)
+        flip_key, turn_key, affine_key, *keys, elastic_key = jax.random.split(
+            key, 4 + len(limits)
+        )
+        field = None
+        if affine or bend:
+            shape = example["image"].shape[:-1]
+            _check_axes(elastic, len(shape))
+            bent = (
+                random_displacement_field(elastic_key, shape, **bend) if bend else None
+            )
+            field = random_affine_field(affine_key, shape, displacement=bent, **affine)
+        example = _move(
+            example,
+            flips=_draw_flips(flip_key, example, flip_axes) if flip else None,
+            turns=_draw_turns(turn_key, example) if quarter_turns else None,
+            field=field,
+            interpolation=interpolation,
+        )
         operations = (random_contrast, random_brightness, random_gamma, random_noise)
         for operation, limit, own in zip(operations, limits, keys, strict=True):
             if limit > 0:
@@ -293,26 +394,34 @@ def _move(
     *,
     flips: Array | None,
     turns: Array | None,
-    key: Array,
-    **affine: Any,
+    field: Array | None,
+    interpolation: Interpolation,
 ) -> Example:
-    """Flip, then turn, then the affine map, if there is one.
+    """Flip, then turn, then read at a field, if there is one.
 
-    With an affine map the others become part of its field: XLA would otherwise repeat
-    them for every corner of every pixel that is interpolated (6 times slower on CPU).
+    With a field the others become part of it: XLA would otherwise repeat them for
+    every corner of every pixel that is interpolated (6 times slower on CPU).
     """
-    if not affine:
+    if field is None:
         if flips is not None:
             example = flip(example, flipped=flips)
         if turns is not None:
             example = quarter_turn(example, turns=turns)
         return example
-    field = random_affine_field(key, example["image"].shape[:-1], **affine)
     if turns is not None:
         field = quarter_turn_field(field, turns=turns)
     if flips is not None:
         field = flip_field(field, flipped=flips)
-    return resample(example, field)
+    return resample(example, field, interpolation=interpolation)
+
+
+def _check_axes(elastic: float | Sequence[float], rank: int) -> None:
+    """Refuses a displacement for each axis that fits other images."""
+    if isinstance(elastic, Sequence) and len(elastic) != rank:
+        raise InputError(
+            f"augment.elastic={tuple(elastic)} has {len(elastic)} numbers and the"
+            f" images have {rank} axes: give one number, or one for each axis"
+        )
 
 
 def _draw_flips(key: Array, example: Example, axes: Sequence[int] = ()) -> Array:
