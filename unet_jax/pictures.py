@@ -194,3 +194,32 @@ def picture(
     content = io.BytesIO()
     sheet.save(content, "PNG")
     replace_file(path, content.getvalue())
+
+
+def sheet(rows: Sequence[Sequence[tuple[str, NumpyArray]]]) -> NumpyArray:
+    """Panels with a line of text over each, row by row, on one picture.
+
+    Args:
+        rows: Of each panel its caption and ``u8[H, W, 3]``, brought to `SIDE`.
+
+    Returns:
+        ``u8[H, W, 3]``.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=12)
+    drawn = [[(text, _fitted(p, smooth=True)) for text, p in row] for row in rows]
+    panels = [panel for row in drawn for _, panel in row]
+    column = max([panel.width for panel in panels] + [80])
+    heights = [max(panel.height for _, panel in row) + LINE + GAP for row in drawn]
+    width = max(map(len, drawn)) * (column + GAP) + GAP
+    picture = Image.new("RGB", (width, sum(heights) + GAP), (255, 255, 255))
+    draw = ImageDraw.Draw(picture)
+    y = GAP // 2
+    for row, height in zip(drawn, heights, strict=True):
+        for i, (text, panel) in enumerate(row):
+            x = GAP + i * (column + GAP)
+            draw.text((x, y), text, fill=(0, 0, 0), font=font)
+            picture.paste(panel, (x, y + LINE))
+        y += height
+    return np.asarray(picture)

@@ -162,6 +162,24 @@ def _microbatch(batch: Batch, accumulate: int) -> Any:
     return jax.tree.map(split, batch)
 
 
+def augment_keys(key: Array, step: Any, index: Array) -> Array:
+    """The keys by which a training step augments its examples.
+
+    Args:
+        key: The run's (`TrainState.key`).
+        step: Its number, from 0.
+        index: ``i32[B]``, the examples' numbers in the data set.
+
+    Returns:
+        ``[B]`` keys.
+    """
+    return _fold(jax.random.split(jax.random.fold_in(key, step))[0], index)
+
+
+def _fold(key: Array, index: Array) -> Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
 def make_train_step(
     model: UNet,
     tx: optax.GradientTransformation,
@@ -200,8 +218,7 @@ def make_train_step(
         }
         if augment_fn is None:
             return example
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
-        return jax.vmap(augment_fn)(keys, example)
+        return jax.vmap(augment_fn)(_fold(key, batch["index"]), example)
 
     def objective(
         params: PyTree, batch_stats: PyTree, batch: Any, key: Array, micro: Array

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from unet_jax.cli import convert, evaluate, look, predict, prune
+from unet_jax.cli import augment, convert, evaluate, look, predict, prune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add(commands)
     prune.add(commands)
     convert.add(commands)
+    augment.add(commands)
     look.add_shapes(commands)
     look.add_features(commands)
     return parser
