@@ -1,4 +1,4 @@
-"""Distances of boundaries against closed forms and a loop over pairs of pixels."""
+"""Distances and slack against closed forms and a loop over pairs of pixels."""
 
 import itertools
 import math
@@ -156,3 +156,129 @@ def test_what_cannot_be_measured_is_refused(label, prediction, options, words):
     score = boundary.surface_dice if "tolerance" in options else boundary.hausdorff
     with pytest.raises(InputError, match=words):
         score(label, prediction, **options)
+
+
+def relaxed_brute_force(probability, label, weight, tolerance, thresholds):
+    """Every predicted pixel with every true one."""
+    rows = []
+    true = np.argwhere(label & (weight > 0))
+    for threshold in thresholds:
+        predicted = np.argwhere((probability > threshold) & (weight > 0))
+        apart = ((predicted[:, None] - true[None]) ** 2).sum(axis=-1)
+        near = apart <= tolerance**2
+        right, found = near.any(axis=1).sum(), near.any(axis=0).sum()
+        rows.append([right, len(predicted), found, len(true)])
+    return rows
+
+
+@pytest.mark.parametrize("size", [(14, 17), (6, 7, 8)])
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, 1.5, 3.0])
+def test_relaxed_counts_against_all_pairs(rng, size, tolerance):
+    thresholds = (-1.0, 0.0, 0.5, 0.9, 0.97, 1.0)
+    for density in (0.0, 0.02, 0.3):
+        probability, label = rng.random(size), rng.random(size) < density
+        weight = (rng.random(size) < 0.8).astype(np.float32)
+        for given in (None, weight):
+            counts = boundary.relaxed_counts(
+                probability, label, given, tolerance=tolerance, thresholds=thresholds
+            )
+            kept = np.ones(size) if given is None else weight
+            assert counts.tolist() == relaxed_brute_force(
+                probability, label, kept, tolerance, thresholds
+            )
+            assert counts.dtype == np.int64
+
+
+def test_slack_forgives_three_pixels_and_not_four():
+    road = np.zeros((20, 40), bool)
+    road[10] = True
+    for shift, right in ((0, 40), (3, 40), (4, 0)):
+        moved = np.roll(road, shift, axis=0) * 1.0
+        counts = boundary.relaxed_counts(moved, road, thresholds=(0.5,))
+        assert counts.tolist() == [[right, 40, right, 40]]
+    # At its threshold a pixel is not predicted, as everywhere else.
+    counts = boundary.relaxed_counts(road * 0.5, road, thresholds=(0.49, 0.5))
+    assert counts.tolist() == [[40, 40, 40, 40], [0, 0, 0, 40]]
+    # A road that is too wide is right as far as 3 pixels, one that ends is missed
+    # from 3 pixels on: columns 0 to 12 of 40 are near a prediction of 0 to 9.
+    wide = np.zeros((20, 40))
+    wide[5:16] = 1.0
+    counts = boundary.relaxed_counts(wide, road, thresholds=(0.5,))
+    assert counts.tolist() == [[7 * 40, 11 * 40, 40, 40]]
+    short = road * 1.0
+    short[:, 10:] = 0.0
+    counts = boundary.relaxed_counts(short, road, thresholds=(0.5,))
+    assert counts.tolist() == [[10, 10, 13, 40]]
+
+
+def test_break_even_is_where_the_lines_cross():
+    counts = np.array([[[5, 10, 9, 10], [8, 10, 7, 10], [9, 10, 1, 10]]])
+    scores = boundary.break_even(counts, thresholds=(0.2, 0.4, 0.6))
+    # Precision 0.5 + 0.3 s and recall 0.9 - 0.2 s meet at s = 0.8.
+    assert scores["break_even"] == pytest.approx(0.74)
+    assert scores["break_even_threshold"] == pytest.approx(0.36)
+    # Images are added up: 12 of 20 and 24 of 40, though each alone is apart.
+    counts = np.array([[[9, 10, 4, 20]], [[3, 10, 20, 20]]])
+    assert boundary.break_even(counts, thresholds=(0.5,)) == {
+        "break_even": 0.6,
+        "break_even_threshold": 0.5,
+    }
+    # Of several crossings the highest, at a threshold or between two.
+    counts = np.array([[[6, 10, 8, 10], [8, 10, 6, 10], [9, 10, 9, 10], [0, 0, 0, 10]]])
+    scores = boundary.break_even(counts, thresholds=(0.1, 0.2, 0.3, 0.4))
+    assert scores == {"break_even": 0.9, "break_even_threshold": 0.3}
+
+
+def test_break_even_of_nothing_is_nan():
+    for counts in (
+        [[[0, 0, 0, 10]]],  # nothing is predicted
+        [[[0, 10, 0, 0]]],  # nothing is there
+        [[[9, 10, 5, 10], [10, 10, 1, 10]]],  # precision is always above
+    ):
+        levels = tuple(range(len(counts[0])))
+        scores = boundary.break_even(np.array(counts), thresholds=levels)
+        assert all(np.isnan(value) for value in scores.values())
+    levels = len(boundary.RELAXED_THRESHOLDS)
+    none = boundary.break_even(np.zeros((0, levels, 4), int))
+    assert np.isnan(none["break_even"])
+
+
+def test_break_even_of_a_perfect_and_of_a_better_map(rng):
+    label = np.zeros((3, 40, 40), bool)
+    label[:, 8:12] = label[:, :, 30:33] = True
+
+    def score(noise):
+        logits = 2 * label - 1 + noise * field
+        maps = (1 / (1 + np.exp(-logits))).astype(np.float32)
+        rows = map(boundary.relaxed_counts, maps, label)
+        return boundary.break_even(np.stack(list(rows)))["break_even"]
+
+    field = rng.normal(size=label.shape)
+    perfect, good, poor = score(0.0), score(1.5), score(3.0)
+    assert perfect == 1.0
+    assert 1.0 > good > poor > 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: boundary.relaxed_counts(MASK * 1.0, MASK * 1), "label == 1"),
+        (lambda: boundary.relaxed_counts(MASK[:3] * 1.0, MASK), "one size"),
+        (lambda: boundary.relaxed_counts(MASK, MASK, MASK[:3]), "one size"),
+        (lambda: boundary.relaxed_counts(MASK * np.nan, MASK), "not finite"),
+        (lambda: boundary.relaxed_counts(MASK, MASK, tolerance=-1.0), "-1.0 must be"),
+        (lambda: boundary.relaxed_counts(MASK, MASK, thresholds=(0.5, 0.1)), "rising"),
+        (lambda: boundary.relaxed_counts(MASK, MASK, thresholds=()), "rising"),
+        (lambda: boundary.break_even(np.zeros((1, 3, 4))), "N x 104 x 4"),
+    ],
+)
+def test_what_has_no_slack_is_refused(call, words):
+    with pytest.raises(InputError, match=words):
+        call()
+
+
+def test_an_unknown_pixel_of_weight_zero_may_hold_anything():
+    probability, weight = np.full((4, 4), 0.8), np.ones((4, 4))
+    probability[0, 0], weight[0, 0] = np.nan, 0
+    counts = boundary.relaxed_counts(probability, MASK, weight, thresholds=(0.5,))
+    assert counts.tolist() == [[15, 15, 15, 15]]
