@@ -20,12 +20,21 @@ def get_config() -> ConfigDict:
     config.task = "classes"  # classes (softmax) | labels (sigmoid)
 
     config.data = data = ConfigDict()  # unet_jax.data.build
-    data.source = "cells"  # cells | folder | volumes | tfds
+    data.source = "cells"  # cells | folder | volumes | ctc | tfds
     data.root = ""  # where the files are
-    data.train = "train"  # a split: train, train[:80%], train[20:30]
+    data.train = "train"  # a split: train[:80%], train[20:30], all[not fold 2/5]
     data.evaluation = "val"
     data.normalisation = "range"  # range | standard | example
     data.cache_mb = 1000.0  # decoded examples kept in memory
+    data.resize = ()  # bring every example to this size, () for none
+    data.border = ConfigDict()  # unet_jax.data.border.Bordered, of the training part
+    data.border.w0 = placeholder(float)  # the paper's 10 turns the weight map on
+    data.border.sigma = placeholder(float)
+    data.border.balance = placeholder(bool)  # weigh each class by how rare it is
+    data.border.gap = placeholder(bool)  # a background pixel between touching objects
+    data.border.spacing = placeholder(tuple)  # size of a pixel along each axis
+    data.border.most = placeholder(float)  # the largest weight of a class
+    data.border.cache = placeholder(str)  # a folder, or none
     data.cells = ConfigDict()  # unet_jax.data.cells.open
     data.cells.size = placeholder(tuple)
     data.cells.examples = placeholder(int)
@@ -53,6 +62,14 @@ def get_config() -> ConfigDict:
     data.volumes.spacing = placeholder(tuple)  # resample volumes to this voxel size
     data.volumes.colors = placeholder(tuple)
     data.volumes.ignore = placeholder(int)
+    data.ctc = ConfigDict()  # unet_jax.data.ctc.open
+    data.ctc.sequences = placeholder(tuple)  # of the split `all`, such as ("01",)
+    data.ctc.truth = placeholder(str)  # GT | ST: gold or silver
+    data.ctc.label_names = placeholder(tuple)
+    data.ctc.complete = placeholder(bool)  # whether every cell has a mask
+    data.ctc.unknown = placeholder(float)  # pixels not counted around one without
+    data.ctc.spacing = placeholder(tuple)  # size of a pixel along each axis
+    data.ctc.channels = placeholder(int)
     data.tfds = ConfigDict()  # unet_jax.data.tfds.open
     data.tfds.name = placeholder(str)
     data.tfds.image = placeholder(str)  # names of the features

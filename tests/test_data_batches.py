@@ -4,13 +4,14 @@ import itertools
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from unet_jax import data
 from unet_jax.data.batches import eval_batches, train_batches
 from unet_jax.data.plan import plan
-from unet_jax.data.source import Cached, Checked, Labelled, Standardised
+from unet_jax.data.source import Cached, Checked, Labelled, Resized, Standardised
 from unet_jax.types import InputError
 
 
@@ -310,6 +311,59 @@ def test_standardised():
 
 
 @pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((20, 31), (7, 13)),
+        ((9, 8), (20, 8)),
+        ((30, 10), (10, 30)),
+        ((6, 9, 8), (3, 5, 12)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_resized(size, shape, dtype, rng):
+    most = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    image = (most * rng.random((*size, 2))).astype(dtype)
+
+    class Noise(Numbered):
+        def __getitem__(self, i):
+            return {**super().__getitem__(i), "image": image}
+
+    source = Resized(Noise(size, size), shape)
+    example = source[0]
+    assert source.size(1) == shape and example["image"].dtype == dtype
+    # Another library's linear interpolation that averages where it shrinks.
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.image.resize(image.astype(np.float32), (*shape, 2), "linear")
+    near = 1e-5 if dtype == np.float32 else 0.51  # rounded to whole numbers
+    np.testing.assert_allclose(example["image"], expected, rtol=1e-5, atol=near)
+    # The pixel whose middle is nearest: where the new pixel's middle lies.
+    picks = [
+        ((np.arange(n) + 0.5) * m / n).astype(int)
+        for m, n in zip(size, shape, strict=True)
+    ]
+    for key in ("label", "weight"):
+        whole = Numbered(size)[0][key]
+        np.testing.assert_array_equal(example[key], whole[np.ix_(*picks)])
+        assert example[key].dtype == whole.dtype
+
+
+def test_resized_images_share_a_batch():
+    source = Resized(Numbered((20, 31), (7, 40), (16, 16)), (16, 12))
+    batches = list(eval_batches(source, batch_size=3, pads=_to_multiple(4)))
+    assert [batch["image"].shape for batch in batches] == [(3, 16, 12, 1)]
+    crops = train_batches(source, seed=0, batch_size=2, crop=(16, 12))
+    assert next(crops)["image"].shape == (2, 16, 12, 1)
+    same = Resized(Numbered((16, 12)), (16, 12))[0]
+    for key, value in Numbered((16, 12))[0].items():
+        np.testing.assert_array_equal(same[key], value)
+    for shape in ((16,), (16, 12, 1), (0, 12)):
+        with pytest.raises(
+            InputError, match=r"resize is \(.*\), but the images have 2"
+        ):
+            Resized(Numbered((16, 12)), shape)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"image": np.zeros((4, 4, 3), np.uint16)}, "image-0.png has 3 channels"),
@@ -372,7 +426,10 @@ def test_build(task, normalisation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "cell"}, "source = 'cell' is not known: use one of cells, folder"),
+        (
+            {"source": "cell"},
+            "source = 'cell' is not known: use one of cells, ctc, fold",
+        ),
         ({"task": "class"}, "use one of classes, labels"),
         ({"normalisation": "z"}, "use one of example, range, standard"),
         ({"train": "train[90%:80%]"}, "is empty"),

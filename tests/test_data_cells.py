@@ -30,6 +30,7 @@ def _best_threshold_dice(image, label):
         ({"split": "val"}, (128, 128), 32),
         ({"split": "val", "rank": 3}, (32, 64, 64), 32),
         ({"split": "x[25%:]", "size": (70, 41), "examples": 4}, (70, 41), 3),
+        ({"split": "x[not fold 2/5]", "size": (30, 41), "examples": 5}, (30, 41), 4),
     ],
 )
 def test_examples(options, size, count):

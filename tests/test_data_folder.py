@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from unet_jax.data import folder
+from unet_jax.data.source import NoInstances
 from unet_jax.types import InputError
 
 
@@ -109,6 +110,20 @@ def test_instances(tmp_path):
     source = folder.open(root=tmp_path, split="all", mask="instances")
     np.testing.assert_array_equal(source[0]["label"], objects > 0)
     np.testing.assert_array_equal(source.instances(0), objects)
+    assert source.instances(0).dtype == np.int32
+    void = folder.open(root=tmp_path, split="all", mask="instances", ignore=300)
+    np.testing.assert_array_equal(void.instances(0), np.where(objects == 1, 1, 0))
+    classes = folder.open(root=tmp_path, split="all", label_names=["a"] * 301)
+    with pytest.raises(NoInstances, match=r"a\.png is read as classes \(index\): set"):
+        classes.instances(0)
+
+
+def test_folds(tmp_path):
+    fill(tmp_path, "abcde")
+    fold = folder.open(root=tmp_path, split="all[fold 2/3]")
+    rest = folder.open(root=tmp_path, split="all[not fold 2/3]")
+    assert [fold.name(i)[-5] for i in range(len(fold))] == ["c"]
+    assert [rest.name(i)[-5] for i in range(len(rest))] == ["a", "b", "d", "e"]
 
 
 def test_reading_from_threads(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_jax.data.plan import plan
-from unet_jax.data.split import parse
+from unet_jax.data.split import parse, take
 from unet_jax.types import InputError
 
 
@@ -120,7 +120,70 @@ def test_neighbouring_parts_meet():
 
 
 @pytest.mark.parametrize(
-    "split", ["", "train[", "train[3]", "train[::2]", "train[a:b]", "a+b", "a[:1.5%]"]
+    ("split", "count", "expected"),
+    [
+        ("all[fold 1/5]", 10, [0, 1]),
+        ("all[fold 2/5]", 10, [2, 3]),
+        ("all[ fold  5 / 5 ]", 10, [8, 9]),
+        ("all[fold 2/3]", 8, [3, 4]),  # cuts at 2.67 and 5.33
+        ("all[fold 1/2]", 5, [0, 1, 2]),  # 2.5 is rounded up, as 50% is
+        ("all[not fold 1/5]", 5, [1, 2, 3, 4]),
+        ("01[not fold 2/3]", 6, [0, 1, 4, 5]),
+        ("all[fold 2/5]", 1, None),
+        ("all[not fold 1/2]", 1, None),
+    ],
+)
+def test_fold(split, count, expected):
+    name, select = parse(split)
+    assert name == split.partition("[")[0]
+    if expected is None:
+        with pytest.raises(InputError, match="is empty"):
+            select(count)
+        return
+    assert list(take(range(count), select(count))) == expected
+    letters = [chr(97 + i) for i in range(count)]
+    assert take(letters, select(count)) == [letters[i] for i in expected]
+
+
+def test_folds_are_the_whole_list():
+    for count, folds in itertools.product(range(1, 40), range(2, 9)):
+        items, seen = range(count), []
+        for k in range(1, folds + 1):
+            begin, end = (
+                (2 * edge * count + folds) // (2 * folds) for edge in (k - 1, k)
+            )
+            if begin == end:
+                continue
+            fold = list(take(items, parse(f"a[fold {k}/{folds}]")[1](count)))
+            assert fold == list(range(begin, end))
+            seen += fold
+            if len(fold) < count:
+                rest = take(items, parse(f"a[not fold {k}/{folds}]")[1](count))
+                assert sorted([*fold, *rest]) == list(items)
+        assert seen == list(items)
+        # A half is half, and a tenth a tenth, however it is written.
+        assert parse("a[fold 1/2]")[1](count) == parse("a[:50%]")[1](count)
+
+
+@pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "1/0"])
+def test_fold_that_there_is_not(fold):
+    with pytest.raises(InputError, match=rf"'all\[not fold {fold}\]' names fold"):
+        parse(f"all[not fold {fold}]")
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        "",
+        "train[",
+        "train[3]",
+        "train[::2]",
+        "train[a:b]",
+        "a+b",
+        "a[:1.5%]",
+        "a[fold 2]",
+        "a[notfold 1/2]",
+    ],
 )
 def test_unreadable_split(split):
     with pytest.raises(InputError, match=r"cannot be read: .*train\[:80%\]"):

@@ -14,6 +14,7 @@ pytest.importorskip("tensorflow_datasets")
 import tensorflow_datasets
 
 from unet_jax.data import tfds, volumes
+from unet_jax.data.source import NoInstances
 from unet_jax.types import InputError
 
 COUNT = 5
@@ -112,6 +113,12 @@ def test_options(prepared):
     )
     assert foreground.label_names == ("background", "foreground")
     assert foreground[0]["label"].all()
+    np.testing.assert_array_equal(foreground.instances(1), trimap(1))
+    assert foreground.instances(1).dtype == np.int32
+    with pytest.raises(NoInstances, match=r"train\[2\].* read as classes \(index\)"):
+        source.instances(2)
+    rest = tfds.open(split="train[not fold 1/2]", data_dir=prepared, shift=1, **PETS)
+    assert [rest.name(i)[-3:] for i in range(len(rest))] == ["[3]", "[4]"]
 
 
 def test_tensors_of_3_axes(prepared):

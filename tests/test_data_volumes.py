@@ -10,6 +10,7 @@ import pytest
 import tifffile
 
 from unet_jax.data import volumes
+from unet_jax.data.source import NoInstances
 from unet_jax.types import InputError
 
 AFFINE = np.asarray(
@@ -64,6 +65,40 @@ def test_stack_as_volume(tmp_path, rng):
     assert len(source) == 1 and source.size(0) == (5, 6, 8)
     np.testing.assert_array_equal(source[0]["image"], volume[..., None].repeat(3, -1))
     np.testing.assert_array_equal(source[0]["label"], labels // 255)
+
+
+def test_instances(tmp_path, rng):
+    objects = rng.integers(0, 9, (5, 6, 8)).astype(np.uint8)
+    stack(tmp_path, rng)
+    tifffile.imwrite(tmp_path / "train-labels.tif", objects, photometric="minisblack")
+    options = {"root": tmp_path, "split": "all[not fold 2/5]", "mask": "instances"}
+    pages = volumes.open(**options, ignore=3)
+    assert [pages.name(i)[-3:] for i in range(len(pages))] == [
+        "[0]",
+        "[2]",
+        "[3]",
+        "[4]",
+    ]
+    page = np.where(objects[2] == 3, 0, objects[2])
+    np.testing.assert_array_equal(pages.instances(1), page)
+    whole = volumes.open(**{**options, "split": "all"}, slices=False)
+    np.testing.assert_array_equal(whole.instances(0), objects)
+    with pytest.raises(NoInstances, match="read as classes"):
+        volumes.open(**{**options, "mask": "index"}).instances(0)
+    nifti(tmp_path / "images" / "a.nii", rng.random((3, 4, 5), np.float32))
+    nifti(tmp_path / "masks" / "a.nii", objects[:3, :4, :5])
+    zooms = np.linalg.norm(AFFINE[:3, :3], axis=0)
+    fine = volumes.open(
+        root=tmp_path,
+        split="all",
+        images="images",
+        masks="masks",
+        mask="instances",
+        slices=False,
+        spacing=zooms / 2,
+    )
+    expected = objects[:3, :4, :5].repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    np.testing.assert_array_equal(fine.instances(0), expected)
 
 
 def test_nifti_pairs(tmp_path, rng):

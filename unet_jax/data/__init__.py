@@ -2,7 +2,7 @@
 
 ``build`` opens the two parts of a data set that a run needs; ``batches.train_batches``
 and ``batches.eval_batches`` turn them into batches. The sources themselves (``cells``,
-``folder``, ``volumes``, ``tfds``) are imported only when they are asked for.
+``folder``, ``volumes``, ``ctc``, ``tfds``) are imported only when they are asked for.
 """
 
 import dataclasses
@@ -14,16 +14,24 @@ from typing import Any, get_args
 import numpy as np
 
 from unet_jax.data.batches import eval_batches, train_batches
+from unet_jax.data.border import Bordered
 from unet_jax.data.plan import plan
-from unet_jax.data.source import Cached, Checked, Labelled, Source, Standardised
+from unet_jax.data.source import (
+    Cached,
+    Checked,
+    Labelled,
+    Resized,
+    Source,
+    Standardised,
+)
 from unet_jax.normalisation import KINDS
-from unet_jax.types import InputError, Task, choose
+from unet_jax.types import InputError, Shape, Task, choose
 
 __all__ = ["Dataset", "Source", "build", "eval_batches", "plan", "train_batches"]
 
 # Up to so many examples are all read and checked when they are opened.
 CHECK_AT_OPENING = 500
-SOURCES = ("cells", "folder", "volumes", "tfds")
+SOURCES = ("cells", "folder", "volumes", "ctc", "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,26 +61,35 @@ def build(
     root: str = "",
     normalisation: str = "range",
     cache_mb: float = 1000,
+    resize: Shape = (),
+    border: Mapping[str, Any] | None = None,
     cells: Mapping[str, Any] | None = None,
     folder: Mapping[str, Any] | None = None,
     volumes: Mapping[str, Any] | None = None,
+    ctc: Mapping[str, Any] | None = None,
     tfds: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Opens the training and the evaluation part of a data set.
 
     Args:
-        source: ``cells``, ``folder``, ``volumes`` or ``tfds``.
+        source: ``cells``, ``folder``, ``volumes``, ``ctc`` or ``tfds``.
         train, evaluation: splits (``data.split``), such as ``train[:80%]`` and
             ``train[80%:]``.
         task: ``classes`` or ``labels`` (the background is then no label).
-        root: where the files of ``folder`` and ``volumes`` are; the TFDS directory of
-            ``tfds`` if its options name none; not used by ``cells``.
+        root: where the files of ``folder``, ``volumes`` and ``ctc`` are; the TFDS
+            directory of ``tfds`` if its options name none; not used by ``cells``.
         normalisation: ``example`` gives every image mean 0 and standard deviation 1
             here, at loading; the others leave it as stored, for the compiled step.
         cache_mb: memory for decoded examples, in 2^20 bytes, training and evaluation
             together, shared by the number of examples; 0 keeps none.
-        cells, folder, volumes, tfds: options of the source of that name. Those of the
-            chosen source are passed to its ``open``, the others are not looked at.
+        resize: the spatial size that every example is brought to (`Resized`); () leaves
+            them as they are.
+        border: options of `border.Bordered`, the paper's weight map. They need ``w0``,
+            which turns it on unless it is 0. It changes weights and, at its gaps,
+            labels of the training part; metrics count the truth as it is, so the
+            evaluation part stays without.
+        cells, folder, volumes, ctc, tfds: options of the source of that name. Those of
+            the chosen source are passed to its ``open``, the others are not looked at.
 
     Returns:
         The data set. Up to `CHECK_AT_OPENING` examples have all been read and checked;
@@ -85,9 +102,15 @@ def build(
     choose(SOURCES, source, "data.source =")
     choose(get_args(Task), task, "task =")
     choose(KINDS, normalisation, "data.normalisation =")
-    given = {"cells": cells, "folder": folder, "volumes": volumes, "tfds": tfds}
+    given = {
+        "cells": cells,
+        "folder": folder,
+        "volumes": volumes,
+        "ctc": ctc,
+        "tfds": tfds,
+    }
     options = dict(given[source] or {})
-    if source in ("folder", "volumes"):
+    if source in ("folder", "volumes", "ctc"):
         if not root:
             raise InputError(
                 f"The source {source!r} needs a folder: give --config.data.root=DIR."
@@ -108,7 +131,7 @@ def build(
     names = _label_names(parts, (train, evaluation), source)
     first = parts[0][0]["image"]
     channels, rank = first.shape[-1], first.ndim - 1
-    parts = [
+    sources: list[Source] = [
         Checked(
             part,
             channels=channels,
@@ -118,10 +141,13 @@ def build(
         )
         for part in parts
     ]
+    if resize:
+        sources = [Resized(part, resize) for part in sources]
+    if border:
+        sources[0] = _bordered(sources[0], border)
     if normalisation == "example":
-        parts = [Standardised(part) for part in parts]
-    parts = _cache(parts, cache_mb)
-    parts = [Labelled(part, task=task) for part in parts]
+        sources = [Standardised(part) for part in sources]
+    parts = [Labelled(part, task=task) for part in _cache(sources, cache_mb)]
     dtypes = {part[0]["image"].dtype for part in parts}
     if sum(map(len, parts)) <= CHECK_AT_OPENING:
         # A bad file of a small data set is found before the training and not in it.
@@ -167,6 +193,18 @@ def _check_apart(parts: list[Source], splits: tuple[str, str]) -> None:
             f" {shared[0]} among them: part the list, as in data.train=train[:80%] and"
             " data.evaluation=train[80%:], or give the same split twice if you mean it."
         )
+
+
+def _bordered(part: Source, options: Mapping[str, Any]) -> Source:
+    """The part with its weight map, or as it is if the map is off."""
+    if options.get("w0") is None:
+        given = ", ".join(f"data.border.{key}" for key in options)
+        raise InputError(
+            f"{given} does nothing without data.border.w0: set it to 10 as the paper "
+            "does, or to 0 for no weight map."
+        )
+    bordered = Bordered(part, **options)
+    return bordered if options["w0"] else part
 
 
 def _cache(parts: Sequence[Source], megabytes: float) -> Sequence[Source]:

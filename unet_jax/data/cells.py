@@ -5,11 +5,13 @@ steps; ``scene`` says how they are drawn.
 """
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
+from unet_jax.data.border import separate
 from unet_jax.data.scene import Scene
-from unet_jax.data.split import parse
+from unet_jax.data.split import parse, take
 from unet_jax.types import Example, InputError, NumpyArray, Shape
 
 _SIZES = {2: (128, 128), 3: (32, 64, 64)}
@@ -46,7 +48,7 @@ def open(
             and a quarter of a volume.
         noise: strength of the shot noise; 1 is a short exposure, 0 none.
         gap: whether a pixel between touching cells is background, so that the
-            connected components of the label are the cells.
+            connected components of the label are the cells (`border.separate`).
 
     Returns:
         A source of grey ``u8`` images with the classes background and cell, and with
@@ -74,10 +76,11 @@ def open(
             "data.cells.examples, crowding and noise must be 0 or more, not "
             f"{examples}, {crowding} and {noise}."
         )
-    part = select(examples or _COUNTS.get(name, _COUNT))
+    count = examples or _COUNTS.get(name, _COUNT)
+    numbers = take(range(count), select(count))
     key = (seed % 2**64, zlib.crc32(name.encode()))
     scene = Scene(size, (radius[0], radius[1]), crowding, noise)
-    return Cells(name, part, key, scene, gap)
+    return Cells(name, numbers, key, scene, gap)
 
 
 class Cells:
@@ -88,12 +91,12 @@ class Cells:
     def __init__(
         self,
         split: str,
-        part: slice,
+        numbers: Sequence[int],
         key: tuple[int, int],
         scene: Scene,
         gap: bool,
     ) -> None:
-        self._split, self._numbers = split, range(part.start, part.stop)
+        self._split, self._numbers = split, numbers
         self._key, self._scene, self._gap = key, scene, gap
 
     def __len__(self) -> int:
@@ -116,15 +119,6 @@ class Cells:
     def _draw(self, i: int) -> tuple[NumpyArray, NumpyArray]:
         rng = np.random.default_rng([*self._key, self._numbers[i]])
         image, instances = self._scene.draw(rng)
-        return image, _with_gap(instances) if self._gap else instances
-
-
-def _with_gap(instances: NumpyArray) -> NumpyArray:
-    """Clears the first pixel of a cell that follows another one along any axis."""
-    answer = instances.copy()
-    for axis in range(instances.ndim):
-        before = np.moveaxis(instances, axis, 0)[:-1]
-        after = np.moveaxis(instances, axis, 0)[1:]
-        meet = (before != after) & (before > 0) & (after > 0)
-        np.moveaxis(answer, axis, 0)[1:][meet] = 0
-    return answer
+        if self._gap:
+            instances = np.where(separate(instances), 0, instances)
+        return image, instances

@@ -22,6 +22,7 @@ from unet_jax.data import images as image_files
 from unet_jax.data import masks as mask_codings
 from unet_jax.data import split as splits
 from unet_jax.data.masks import Coding
+from unet_jax.data.source import NoInstances
 from unet_jax.types import Example, InputError, NumpyArray, Shape, size_text
 
 _LOG = logging.getLogger("unet_jax")
@@ -81,18 +82,9 @@ class Folder:
         return self._sizes[i]
 
     def instances(self, i: int, /) -> NumpyArray:
-        """``[H, W]`` the numbers of the mask as stored; with mask="instances", objects.
-
-        Raises:
-            InputError: the mask is coloured.
-        """
-        mask = image_files.read_mask(self.pairs[i].mask)
-        if mask.ndim != 2:
-            raise InputError(
-                f"The mask {self.pairs[i].mask} is coloured: save one number for each "
-                "object."
-            )
-        return mask.astype(np.int32)
+        """The `objects` of a mask, ``i32[H, W]``; there are with mask="instances"."""
+        path = self.pairs[i].mask
+        return objects(image_files.read_mask(path), self.coding, str(path))
 
     def _check_size(self, i: int) -> None:
         same_size(
@@ -116,8 +108,8 @@ def open(
 
     Args:
         root: the folder everything is under.
-        split: a name, and if wanted one contiguous part of the list of pairs sorted by
-            stem (`split.parse`). If ``root/<name>/`` holds the folder ``images``, the
+        split: a name, and if wanted a part of the list of pairs sorted by stem
+            (`split.parse`). If ``root/<name>/`` holds the folder ``images``, the
             list is that folder's; otherwise ``all`` and ``train`` mean the one list.
         images, masks: a folder, or a glob such as ``"*/images/*.png"``, below the root.
             An image and its mask have the same stem, the file's name without the
@@ -140,7 +132,7 @@ def open(
     pairs, every_mask = find_pairs(
         root, name, images=images, masks=masks, suffixes=image_files.SUFFIXES
     )
-    pairs = pairs[select(len(pairs))]
+    pairs = splits.take(pairs, select(len(pairs)))
     coding = mask_codings.choose(
         every_mask,
         image_files.read_mask,
@@ -203,6 +195,34 @@ def same_size(pair: Pair, image: Shape, mask: Shape) -> None:
             f"{pair.image} has the size {size_text(image)}, but its mask {pair.mask} "
             f"{size_text(mask)} (rows first): give them the same size."
         )
+
+
+def objects(mask: NumpyArray, coding: Coding, name: str) -> NumpyArray:
+    """The numbers of objects in a mask of the kind ``instances``.
+
+    Args:
+        mask: ``[*S]`` whole numbers as stored.
+        coding: how the masks are read.
+        name: the mask file, for messages.
+
+    Returns:
+        ``i32[*S]`` as stored, 0 where the mask says that nothing is annotated.
+
+    Raises:
+        NoInstances: masks of another kind, whose numbers are classes.
+        InputError: the mask is coloured.
+    """
+    if coding.kind != "instances":
+        raise NoInstances(
+            f"The mask {name} is read as classes ({coding.kind}): set `mask` to "
+            "instances if each object has its own number."
+        )
+    if mask.ndim != coding.rank:
+        raise InputError(
+            f"The mask {name} is coloured: save one number for each object."
+        )
+    mask = mask.astype(np.int32)
+    return np.where(mask == coding.ignore, 0, mask)
 
 
 def relative(path: Path, root: Path) -> str:

@@ -4,7 +4,10 @@ A source is a random-access list of examples. It knows nothing about batches, cr
 epochs, valid padding or the task: ``plan`` and ``batches`` do that for all of them.
 ``data.build`` stacks the wrappers in this order::
 
-    Labelled(Cached(Standardised(Checked(source))))
+    Labelled(Cached(Standardised(Bordered(Resized(Checked(source))))))
+
+of which `border.Bordered` and `Resized` are there if they are asked for, and the first
+of them around the training part only.
 """
 
 import threading
@@ -13,6 +16,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from unet_jax import normalisation
+from unet_jax.data.stacks import resample_to
 from unet_jax.types import Example, InputError, NumpyArray, Shape, Task, size_text
 
 
@@ -25,6 +29,9 @@ class Source(Protocol):
         stored (any range); label ``[*S]`` class ids of any integer dtype; and, where
         not all pixels count alike, weight ``f32[*S]`` (0: not counted; the label there
         may be anything). The caller may not write into the arrays.
+
+    A source that tells objects of one class apart also has a method of the signature of
+    `instances`, less the source, which gives their numbers.
     """
 
     @property
@@ -41,6 +48,31 @@ class Source(Protocol):
     def size(self, i: int, /) -> Shape:
         """The spatial shape of example i, found without decoding it if possible."""
         ...
+
+
+class NoInstances(InputError):
+    """The source has classes only, and no numbers of objects."""
+
+
+def instances(source: Source, i: int) -> NumpyArray:
+    """The number of the object that each pixel of example i belongs to.
+
+    Returns:
+        ``i32[*S]``, 0 for the background and above 0 for objects; numbers may be left
+        out.
+
+    Raises:
+        NoInstances: a source that has none: `border.instances_of` makes some of a
+            label.
+        InputError: what reading them raises.
+    """
+    own = getattr(source, "instances", None)
+    if own is None:
+        raise NoInstances(
+            f"{source.name(i)} comes with classes and without numbers of objects: give "
+            "masks with one number an object (data.folder.mask=instances)."
+        )
+    return own(i)
 
 
 class Wrapper:
@@ -64,6 +96,10 @@ class Wrapper:
 
     def size(self, i: int, /) -> Shape:
         return self.source.size(i)
+
+    def instances(self, i: int, /) -> NumpyArray:
+        """`instances` of the source within; of the size of this one's examples."""
+        return instances(self.source, i)
 
 
 class Checked(Wrapper):
@@ -144,6 +180,45 @@ class Checked(Wrapper):
                 f"{', '.join(self.label_names)} are numbered 0 to {classes - 1}: mend "
                 "the mask or name more classes in `label_names`."
             )
+
+
+class Resized(Wrapper):
+    """Every example brought to one size, whatever becomes of its proportions.
+
+    The image is interpolated linearly, and averaged first over what falls between the
+    new pixels where it shrinks; label, weight and objects take the nearest pixel.
+
+    Args:
+        source: any source with one example or more.
+        shape: pixels of each spatial axis, 1 or more.
+
+    Raises:
+        InputError: a size of another rank than the first example, or below 1.
+    """
+
+    def __init__(self, source: Source, shape: Shape) -> None:
+        super().__init__(source)
+        self.shape = tuple(map(int, shape))
+        rank = len(source.size(0))
+        if len(self.shape) != rank or min(self.shape) < 1:
+            raise InputError(
+                f"data.resize is {self.shape}, but the images have {rank} axes: give "
+                f"{rank} numbers of 1 or more, or () to leave them as they are."
+            )
+
+    def __getitem__(self, i: int, /) -> Example:
+        example = self.source[i].copy()
+        example["image"] = _linear(example["image"], self.shape)
+        example["label"] = resample_to(example["label"], self.shape, order=0)
+        if "weight" in example:
+            example["weight"] = resample_to(example["weight"], self.shape, order=0)
+        return example
+
+    def size(self, i: int, /) -> Shape:
+        return self.shape
+
+    def instances(self, i: int, /) -> NumpyArray:
+        return resample_to(super().instances(i), self.shape, order=0)
 
 
 class Standardised(Wrapper):
@@ -229,3 +304,22 @@ class Labelled(Wrapper):
             label = (label[..., None] == ids).astype(np.uint8)
             weight = np.broadcast_to(weight[..., None], label.shape)
         return {"image": example["image"], "label": label, "weight": weight}
+
+
+def _linear(image: NumpyArray, shape: Shape) -> NumpyArray:
+    """``[*S, C]`` -> ``[*shape, C]`` of the same dtype, one axis after another."""
+    from PIL import Image
+
+    array = image.astype(np.float32)
+    for axis, new in enumerate(shape):
+        if array.shape[axis] == new:
+            continue
+        rows = np.moveaxis(array, axis, 0)
+        # Pillow knows planes of f32; of this one it only touches the height.
+        plane = Image.fromarray(np.ascontiguousarray(rows.reshape(len(rows), -1)))
+        plane = plane.resize((plane.width, new), Image.Resampling.BILINEAR)
+        rows = np.asarray(plane).reshape(new, *rows.shape[1:])
+        array = np.moveaxis(rows, 0, axis)
+    if image.dtype.kind in "iu":
+        array = np.rint(array)
+    return np.ascontiguousarray(array.astype(image.dtype))

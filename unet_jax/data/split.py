@@ -1,23 +1,32 @@
-"""Which part of a data set a source reads: ``train``, ``train[:80%]``, ``train[5:9]``.
+"""Which part of a data set a source reads: ``train[:80%]``, ``all[not fold 2/5]``.
 
 The rule is cheap and contiguous: examples keep their order, and the neighbouring slices
-of one stack never fall on both sides of a cut at more than one place.
+of one stack, which look alike, never fall on both sides of a cut at more than one place
+(two for a fold in the middle).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from unet_jax.types import InputError
 
-Select = Callable[[int], slice]
-"""number of examples -> the contiguous slice of them that a split means"""
+Part = slice | list[int]
+"""the numbers of the examples that a split means, in rising order; see `take`"""
+
+Select = Callable[[int], Part]
+"""number of examples -> the part of them that a split means"""
+
+T = TypeVar("T")
 
 _RULE = (
-    "write a name and, if wanted, one contiguous part in whole numbers or per cent, "
-    "such as train, train[:80%], train[80%:] or train[20:30]"
+    "write a name and, if wanted, one contiguous part in whole numbers or per cent, or "
+    "a fold or all but that fold, such as train, train[:80%], train[80%:], "
+    "train[20:30], all[fold 2/5] or all[not fold 2/5]"
 )
 _BOUND = r"(-?\d+%?)?"
-_SPLIT = re.compile(rf"([\w.\-]+)(?:\[{_BOUND}:{_BOUND}\])?")
+_FOLD = r"(not +)?fold +(\d+) */ *(\d+)"
+_SPLIT = re.compile(rf"([\w.\-]+)(?:\[(?:{_BOUND}:{_BOUND}| *{_FOLD} *)\])?")
 
 
 def parse(split: str) -> tuple[str, Select]:
@@ -25,16 +34,19 @@ def parse(split: str) -> tuple[str, Select]:
 
     A percentage is rounded to the nearest example, and a negative bound counts from
     the end, so ``train[:80%]``, ``train[80%:]`` and ``train[-20%:]`` always meet at the
-    same example.
+    same example. Fold k of n is what lies between (k - 1)/n and k/n of the list,
+    rounded likewise: the n folds are the whole list, and each stays together.
 
     Args:
-        split: a name, or a name with one slice: ``name[begin:end]``, each bound a whole
-            number of examples, a whole percentage, or nothing.
+        split: a name, or a name with one slice ``name[begin:end]``, each bound a whole
+            number of examples, a whole percentage, or nothing; or a name with
+            ``[fold k/n]`` or, for all other examples, ``[not fold k/n]``.
 
     Returns:
-        ``(name, select)``, where ``select(n)`` is the slice of n examples, with
-        ``0 <= start < stop <= n``. ``select`` raises InputError if that part is empty
-        or asks for more examples than there are.
+        ``(name, select)``, where ``select(n)`` says which of n examples: a slice with
+        ``0 <= start < stop <= n``, or, of ``not fold``, a list of at least one number.
+        ``select`` raises InputError if that part is empty or asks for more examples
+        than there are.
 
     Raises:
         InputError: the text does not follow the rule.
@@ -42,35 +54,54 @@ def parse(split: str) -> tuple[str, Select]:
     match = _SPLIT.fullmatch(split.strip())
     if match is None:
         raise InputError(f"The split {split!r} cannot be read: {_RULE}.")
-    name, begin, end = match.groups()
+    name, begin, end, others, fold, folds = match.groups()
     for bound in (begin, end):
         if bound and bound.endswith("%") and abs(int(bound[:-1])) > 100:
             raise InputError(
                 f"The split {split!r} names {bound}: give a percentage from -100 to "
                 "100."
             )
+    k, n = int(fold or 1), int(folds or 2)
+    if n < 2 or not 1 <= k <= n:
+        raise InputError(
+            f"The split {split!r} names fold {k} of {n}: give two folds or more, and "
+            "one of them, the first of which is 1."
+        )
 
-    def select(count: int) -> slice:
-        start = 0 if begin is None else _position(begin, count)
-        stop = count if end is None else _position(end, count)
+    def select(count: int) -> Part:
+        if fold:
+            start, stop = (_round(edge * count, n) for edge in (k - 1, k))
+        else:
+            start = 0 if begin is None else _position(begin, count)
+            stop = count if end is None else _position(end, count)
         if not 0 <= start <= count or not 0 <= stop <= count:
             raise InputError(
                 f"The split {split!r} reaches outside the {count} examples of "
                 f"{name!r}: choose bounds between 0 and {count}."
             )
-        if start >= stop:
+        rest = [*range(start), *range(stop, count)]
+        if start >= stop or (others and not rest):
             raise InputError(
                 f"The split {split!r} of the {count} examples of {name!r} is empty: "
                 "choose a larger part, or add examples."
             )
-        return slice(start, stop)
+        return rest if others else slice(start, stop)
 
     return name, select
+
+
+def take(items: Sequence[T], part: Part) -> Sequence[T]:
+    """The items that a part means."""
+    return items[part] if isinstance(part, slice) else [items[i] for i in part]
 
 
 def _position(bound: str, count: int) -> int:
     if not bound.endswith("%"):
         return int(bound) + (count if bound.startswith("-") else 0)
     percent = int(bound[:-1]) + (100 if bound.startswith("-") else 0)
+    return _round(percent * count, 100)
+
+
+def _round(numerator: int, denominator: int) -> int:
     # Whole numbers only: a float product could round one cut two ways.
-    return (percent * count + 50) // 100
+    return (2 * numerator + denominator) // (2 * denominator)

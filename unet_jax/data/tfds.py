@@ -17,6 +17,7 @@ import numpy as np
 
 from unet_jax.data import formats, images
 from unet_jax.data import split as splits
+from unet_jax.data.folder import objects
 from unet_jax.data.masks import Coding, Kind
 from unet_jax.types import Example, InputError, NumpyArray, Shape
 
@@ -39,7 +40,7 @@ class Tfds:
     def __init__(
         self,
         examples: Sequence[Any],
-        part: slice,
+        part: splits.Part,
         *,
         title: str,
         image: str,
@@ -47,7 +48,8 @@ class Tfds:
         coding: Coding,
         channels: int,
     ) -> None:
-        self.examples, self.numbers = examples, range(len(examples))[part]
+        self.examples = examples
+        self.numbers = splits.take(range(len(examples)), part)
         self.title, self.image, self.mask = title, image, mask
         self.coding, self.channels = coding, channels
         self._sizes: dict[int, Shape] = {}
@@ -89,6 +91,12 @@ class Tfds:
                 self._sizes[i] = _picture(image, self.name(i), 0).shape[:-1]
         return self._sizes[i]
 
+    def instances(self, i: int, /) -> NumpyArray:
+        """The `objects` of a mask, ``i32[*S]``; there are with values="instances"."""
+        name = f"{self.name(i)}[{self.mask!r}]"
+        mask = _numbers(self._stored(i)[self.mask], self.coding.rank, name)
+        return objects(mask, self.coding, name)
+
     def _stored(self, i: int) -> dict[str, Any]:
         return self.examples[self.numbers[i]]
 
@@ -112,8 +120,8 @@ def open(
     Args:
         name: as `tensorflow_datasets.builder` takes it, also with a configuration and
             a version; ``isbi2012`` is a builder of our own.
-        split: one of the data set's, and if wanted one contiguous part (`split.parse`)
-            in the order it was prepared in.
+        split: one of the data set's, and if wanted a part of it (`split.parse`) in the
+            order it was prepared in.
         image, mask: names of the two features: pictures, or tensors with the channels
             last ([H, W, C] or [D, H, W, C]).
         values: what the mask holds (see `masks`): index, binary or instances.

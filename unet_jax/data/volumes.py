@@ -12,7 +12,7 @@ import numpy as np
 
 from unet_jax.data import masks as mask_codings
 from unet_jax.data import split as splits
-from unet_jax.data.folder import Pair, find_pairs, relative, same_size
+from unet_jax.data.folder import Pair, find_pairs, objects, relative, same_size
 from unet_jax.data.masks import Coding
 from unet_jax.data.stacks import (
     SUFFIXES,
@@ -25,7 +25,7 @@ from unet_jax.data.stacks import (
     volume_size,
     write_volume,
 )
-from unet_jax.types import Example, InputError, Shape
+from unet_jax.types import Example, InputError, NumpyArray, Shape
 
 __all__ = [
     "Geometry",
@@ -106,6 +106,12 @@ class Volumes:
         shape = self._shapes[pair.image]
         return shape if page is None else shape[1:]
 
+    def instances(self, i: int, /) -> NumpyArray:
+        """The `objects` of a mask, ``i32[*S]``; there are with mask="instances"."""
+        pair, page = self.items[i]
+        mask = read_mask(pair.mask, page=page)
+        return resample_to(objects(mask, self.coding, str(pair.mask)), self.size(i))
+
 
 def open(
     *,
@@ -125,7 +131,7 @@ def open(
 
     Args:
         root: the folder everything is under.
-        split: a name, and if wanted one contiguous part of the list (`split.parse`) of
+        split: a name, and if wanted a part of the list (`split.parse`) of
             volumes sorted by stem, or of all their slices in that order. As in
             `folder`, the split's name picks ``root/<name>/`` where that is a folder.
         images, masks: one file each, or a folder or a glob each, paired by stem.
@@ -155,7 +161,7 @@ def open(
     items: list[tuple[Pair, int | None]] = [(pair, None) for pair in pairs]
     if slices:
         items = [(pair, page) for pair in pairs for page in range(_shape(pair, to)[0])]
-    items = items[select(len(items))]
+    items = list(splits.take(items, select(len(items))))
     if not slices:
         for pair, _ in items:
             _shape(pair, to)
