@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets
 import tifffile
 from PIL import Image
+from test_data_ctc import write
 
 import train
 from unet_jax import models
@@ -96,6 +97,11 @@ def _folder(root, config):
             Image.fromarray(image).save(root / name / f"{k}.png")
 
 
+def _ctc(root, config):
+    for sequence in ("01", "02"):
+        write(root, sequence, masks=(0, 2), dropped=(1,), size=(40, 48))
+
+
 def _pets(root, config):
     builder = TinyPets(data_dir=root, file_format="array_record")
     builder.download_and_prepare()
@@ -106,12 +112,15 @@ def _pets(root, config):
 FAMILY = [name for name in CONFIGS if name in models.MODELS]
 MAKERS = {
     **dict.fromkeys(FAMILY, _cells),
+    "ctc_seg": _ctc,
     "default": _cells,
     "hippocampus": _volumes,
     "isbi2012": _stacks,
     "nuclei": _nuclei,
     "pets": _pets,
+    "unet2015_isbi2012": _stacks,
     "unet_classic": _folder,
+    "unetpp_nuclei": _nuclei,
 }
 
 

@@ -1,4 +1,4 @@
-"""The predictor: any size, any type, the evaluation's numbers, tiles."""
+"""The predictor: any size, any type, the evaluation's numbers, tiles, ensembles."""
 
 import functools
 import logging
@@ -11,12 +11,12 @@ import optax
 import pytest
 
 import unet_jax
-from unet_jax import losses, models
+from unet_jax import losses, models, tta
 from unet_jax.checkpoint import Checkpoints, Meta
 from unet_jax.data import eval_batches
 from unet_jax.evaluation import make_eval_step
 from unet_jax.normalisation import normalise, standardise
-from unet_jax.predict import Predictor, decide
+from unet_jax.predict import Net, Predictor, decide
 from unet_jax.training import TrainState
 from unet_jax.types import InputError
 
@@ -167,33 +167,247 @@ def test_many_classes_need_two_bytes():
     assert label.tolist() == [[299, 0]]
 
 
-@pytest.mark.parametrize("size", [(61, 40), (100, 9)])
+def programs(predictor):
+    """How many programs each net was compiled to."""
+    return [run._cache_size() for run in predictor._runs]
+
+
+SMALL_AND_LARGE = [(61, 40), (100, 9), (2, 3), (13, 13)]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
-def test_tiles_of_a_valid_net_are_the_whole_image(size, depth):
+def test_tiles_of_a_valid_net_are_the_whole_image(depth):
     made = make(padding="valid", features=(3, 4, 5)[: depth + 1])
-    image = picture(*size)
-    whole = Predictor.from_model(*made)(image)
+    whole = Predictor.from_model(*made)
     tiled = Predictor.from_model(*made, tile=13, batch_size=4)
-    np.testing.assert_allclose(
-        tiled(image).probability, whole.probability, rtol=1e-5, atol=1e-6
-    )
-    assert tiled._run._cache_size() == 1
+    for size in SMALL_AND_LARGE:
+        image = picture(*size)
+        np.testing.assert_allclose(
+            tiled(image).probability, whole(image).probability, rtol=1e-5, atol=1e-6
+        )
+    assert programs(tiled) == [1]
+
+
+def test_valid_tiles_of_volumes_with_a_size_for_each_axis():
+    made = make(padding="valid", rank=3)
+    image = picture(5, 30, 9)
+    tiled = Predictor.from_model(*made, tile=(0, 6, 8), batch_size=3)
+    expected = Predictor.from_model(*made)(image).probability
+    np.testing.assert_allclose(tiled(image).probability, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="tile has the entry"):
+        Predictor.from_model(*made, tile=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "views"),
+    [
+        ({"norm": "batch", "features": (4, 6, 8), "up": "bilinear"}, "none"),
+        ({"decoder": "unetpp", "merge": "gated", "padding": "reflect"}, "flips"),
+    ],
+)
+def test_exact_tiles_of_a_same_net_are_the_whole_image(fields, views):
+    made = make(**fields)
+    whole = Predictor.from_model(*made, tta=views)
+    options = {"tile": 12, "blend": "exact", "batch_size": 2}
+    tiled = Predictor.from_model(*made, tta=views, **options)
+    for size in [(91, 77), (3, 90)]:  # the second is narrower than a window
+        image = picture(*size)
+        np.testing.assert_allclose(
+            tiled(image).probability, whole(image).probability, rtol=1e-4, atol=1e-6
+        )
+    tiled(picture(83, 101), probabilities=False)
+    assert programs(tiled) == [2]  # (3, 90) has one of its own
+
+
+def test_exact_tiles_are_refused_before_any_image():
+    for fields in ({"norm": "group"}, {"bottleneck": "transformer"}):
+        made = make(**fields)
+        with pytest.raises(InputError, match="use blend = 'gaussian'"):
+            Predictor.from_model(*made, tile=16, blend="exact")
+        Predictor.from_model(*made, blend="exact")  # of no tile at all
 
 
 def test_blended_tiles():
     made = make()
     image = picture(70, 45)
     expected = Predictor.from_model(*made)(image).probability
-    error = []
-    for overlap in (0.0, 0.6):
-        predictor = Predictor.from_model(*made, tile=16, overlap=overlap, batch_size=3)
+    error = {}
+    for blend in ("gaussian", "linear"):
+        for overlap in (0.0, 0.6):
+            options = {"blend": blend, "overlap": overlap, "batch_size": 3}
+            predictor = Predictor.from_model(*made, tile=16, **options)
+            found = predictor(image).probability
+            np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+            # The corner lies in one tile, far from where that tile is cut.
+            np.testing.assert_allclose(found[:2, :2], expected[:2, :2], rtol=1e-4)
+            error[blend, overlap] = np.abs(found - expected).mean()
+    assert programs(predictor) == [1]
+    assert error["linear", 0.6] < 0.7 * error["linear", 0.0]
+    assert error["gaussian", 0.6] < 0.7 * error["linear", 0.6]
+
+
+def test_images_of_all_sizes_run_through_one_program():
+    predictor = Predictor.from_model(*make(), tile=16, batch_size=2, tta="symmetries")
+    for size in [(40, 23), (5, 30), (1, 1), (16, 16)]:
+        label, probability = predictor(picture(*size))
+        assert label.shape == size
+        np.testing.assert_allclose(probability.sum(-1), 1, rtol=1e-5)
+    assert programs(predictor) == [1]
+
+
+@pytest.mark.parametrize("tta", ["none", "symmetries", "rotations"])
+@pytest.mark.parametrize("tile", [0, 16])
+def test_without_probabilities_the_label_is_the_same(tta, tile):
+    made = make(names=("background", "a", "b"))
+    predictor = Predictor.from_model(*made, tile=tile, tta=tta, batch_size=3)
+    image = picture(50, 41)
+    label, probability = predictor(image)
+    alone = predictor(image, probabilities=False)
+    assert alone.probability is None
+    np.testing.assert_array_equal(alone.label, label)
+    np.testing.assert_array_equal(label, probability.argmax(-1))
+    kept = predictor.memory(label.shape, probabilities=True)
+    assert predictor.memory(label.shape) <= kept
+    assert kept >= probability.nbytes
+
+
+def test_memory_is_stated_for_the_label_alone():
+    """Ten times as long an image needs no more, unless it is kept or turned."""
+    predictor = Predictor.from_model(*make(), tile=16)
+    # The band, as wide as a tile as each is run by itself; three tiles beside it.
+    assert predictor.memory((30, 100)) == 4 * 2 * (30 * 16 + 3 * 16 * 16)
+    assert predictor.memory((30, 1000)) == predictor.memory((30, 100))
+    whole = 4 * 2 * 30 * 1000
+    assert predictor.memory((30, 1000), probabilities=True) > whole
+    turned = Predictor.from_model(*make(), tile=64, tta="rotations")
+    assert turned.memory((30, 1000)) > 4 * 2 * 1000 * 1000 + 2 * whole
+
+
+def test_a_memory_map_is_read_tile_by_tile(tmp_path):
+    np.save(tmp_path / "a.npy", picture(400, 30))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    predictor = Predictor.from_model(*make(), tile=16)
+    pixels = predictor.prepare(mapped)
+    assert np.shares_memory(pixels, mapped)  # not copied before
+    np.testing.assert_array_equal(
+        predictor(mapped).label, predictor(np.array(mapped)).label
+    )
+
+
+# --- Test-time augmentation ----------------------------------------------------------
+
+
+def pixelwise(**fields):
+    """A net that sees single pixels: 1x1 kernels, and nothing comes back up."""
+    model, variables, meta = make(kernels=(1, 1), **fields)
+    params = dict(variables["params"])
+    decoder = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (0 if "up" in jax.tree_util.keystr(path) else 1),
+        params["decoder"],
+    )
+    return model, {**variables, "params": {**params, "decoder": decoder}}, meta
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("tile", [0, 8])
+@pytest.mark.parametrize("tta", ["flips", "symmetries"])
+def test_what_sees_single_pixels_is_the_same_from_all_sides(rank, tile, tta):
+    made = pixelwise(rank=rank)
+    image = picture(*(6, 21, 14)[-rank:])
+    plain = Predictor.from_model(*made)(image).probability
+    predictor = Predictor.from_model(*made, tile=tile, tta=tta, batch_size=4)
+    np.testing.assert_allclose(predictor(image).probability, plain, atol=1e-6)
+    assert plain.std() > 0.01
+
+
+def test_augmentation_is_the_mean_of_what_is_predicted_from_each_side():
+    """Of whole predictions of moved images, probabilities and not logits."""
+    made = make()
+    image = picture(22, 15)
+    plain = Predictor.from_model(*made)
+    moved = []
+    for transposed in (False, True):
+        for flips in ((), (0,), (1,), (0, 1)):
+            x = np.flip(image.T if transposed else image, flips)
+            back = np.flip(plain(x).probability, flips)
+            moved.append(back.transpose(1, 0, 2) if transposed else back)
+    eight = Predictor.from_model(*made, tta="symmetries", batch_size=4)(image)
+    np.testing.assert_allclose(eight.probability, np.mean(moved, axis=0), atol=1e-6)
+    four = Predictor.from_model(*made, tta="flips")(image)
+    np.testing.assert_allclose(four.probability, np.mean(moved[:4], axis=0), atol=1e-6)
+    assert np.abs(four.probability - eight.probability).max() > 1e-3
+
+
+def test_seven_rotations_of_what_is_smooth():
+    """A pixelwise net says of a turned image what it says of the image, but blurred."""
+    made = pixelwise()
+    y, x = np.mgrid[:60, :44]
+    image = (127 + 60 * np.sin(y / 9) + 60 * np.cos(x / 7)).astype(np.uint8)
+    plain = Predictor.from_model(*made)(image).probability
+    for tile in (0, 24):
+        predictor = Predictor.from_model(*made, tta="rotations", tile=tile)
         found = predictor(image).probability
         np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
-        # The corner lies in one tile, far from where that tile is cut.
-        np.testing.assert_allclose(found[:2, :2], expected[:2, :2], rtol=1e-4)
-        error.append(np.abs(found - expected).mean())
-    assert error[1] < 0.7 * error[0]
-    assert predictor._run._cache_size() == 1
+        assert np.abs(found - plain).max() < 0.05 * np.ptp(plain[..., 0])
+        assert programs(predictor) == [1 if tile else 2]
+
+
+def test_rotations_are_a_mean_of_seven():
+    made = make()
+    image = picture(20, 31)
+    predictor = Predictor.from_model(*made)
+    total = predictor(image).probability
+    for angle in tta.ANGLES[1:]:
+        turned = tta.turn(image[..., None], angle)
+        back = tta.turn_back(predictor(turned).probability, angle, image.shape)
+        total = total + back
+    found = Predictor.from_model(*made, tta="rotations")(image).probability
+    np.testing.assert_allclose(found, total / 7, atol=1e-6)
+
+
+# --- Ensembles -----------------------------------------------------------------------
+
+
+def test_an_ensemble_is_the_mean_of_its_nets():
+    """Of another depth, padding and normalisation, in tiles and from all sides."""
+    nets = [
+        Net(*make(padding="valid", threshold=0.3, task="labels", names=("cell",))),
+        Net(*make(kind="example", scale=(1.0,), features=(3, 5, 7), task="labels",
+                  names=("cell",))),
+        Net(*make(scale=(0.01,), threshold=0.6, task="labels", names=("cell",))),
+    ]  # fmt: skip
+    image = picture(45, 30)
+    options = {"tile": 16, "tta": "flips", "batch_size": 2}
+    each = [Predictor.from_nets([net], **options)(image) for net in nets]
+    ensemble = Predictor.from_nets(nets, **options)
+    found = ensemble(image)
+    mean = np.mean([one.probability for one in each], axis=0)
+    np.testing.assert_allclose(found.probability, mean, atol=1e-6)
+    threshold = np.mean([0.3, 0.5, 0.6])
+    assert ensemble.meta.threshold == pytest.approx(threshold)
+    np.testing.assert_array_equal(found.label, mean[..., 0] > threshold)
+    assert ensemble.model is nets[0].model
+    assert programs(ensemble) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"task": "labels"}, "task"),
+        ({"names": ("background", "wall")}, "label_names"),
+        ({"channels": 3}, "channels"),
+        ({"rank": 3}, "rank"),
+        ({"spacing": (1.0, 1.0)}, "spacing"),
+    ],
+)
+def test_nets_that_answer_other_questions_are_named(fields, key):
+    nets = [Net(*make(), name="runs/a"), Net(*make(), name="runs/b")]
+    other = Net(*make(**fields), name="runs/c")
+    Predictor.from_nets(nets)
+    with pytest.raises(InputError, match=f"runs/c has {key} = .* and runs/a"):
+        Predictor.from_nets([*nets, other])
+    with pytest.raises(InputError, match="at least one workdir"):
+        Predictor.from_nets([])
 
 
 def test_blending_adds_no_scale():
@@ -264,9 +478,18 @@ def test_what_is_no_image_is_refused_by_name(image, words):
     assert "scan.png" in str(error.value)
 
 
-@pytest.mark.parametrize("options", [{"tile": -1}, {"overlap": 1}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tile": -1},
+        {"overlap": 1},
+        {"batch_size": 0},
+        {"blend": "none"},
+        {"tta": "all"},
+    ],
+)
 def test_options_out_of_range(options):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=next(iter(options))):
         Predictor.from_model(*make(), **options)
 
 
@@ -283,6 +506,11 @@ def test_a_workdir_is_enough(tmp_path):
         np.testing.assert_array_equal(
             predictor(image).probability, expected.probability
         )
+    both = Predictor([tmp_path, str(tmp_path)])  # two workdirs, if the same one here
+    np.testing.assert_array_equal(
+        both(image).probability, Predictor(tmp_path)(image)[1]
+    )
+    assert [net.name for net in both.nets] == [str(tmp_path)] * 2
     with pytest.raises(InputError, match="no checkpoint"):
         Predictor(tmp_path / "nothing")
 

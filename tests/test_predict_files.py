@@ -1,5 +1,6 @@
 """Files in, files out: names, sizes, values, geometry."""
 
+import jax
 import numpy as np
 import pytest
 import tifffile
@@ -7,8 +8,14 @@ from PIL import Image
 from test_predict import make, picture
 
 from unet_jax.data import stacks
+from unet_jax.postprocess import instances, largest_component
 from unet_jax.predict import Predictor
-from unet_jax.predict_files import find_inputs, predict_files
+from unet_jax.predict_files import (
+    _picture_of_objects,
+    _write_objects,
+    find_inputs,
+    predict_files,
+)
 from unet_jax.types import InputError
 
 
@@ -153,6 +160,98 @@ def test_several_classes_keep_their_ids(tmp_path):
     label = np.asarray(Image.open(tmp_path / "out" / "a.png"))
     np.testing.assert_array_equal(label, predictor(picture(9, 8)).label)
     assert label.max() <= 2
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """An image whose bright parts any monotonous net finds: two discs and a speck."""
+    y, x = np.mgrid[:40, :60]
+    image = np.full((40, 60), 20, np.uint8)
+    for column, radius in ((20, 9), (35, 9), (55, 2)):
+        image[(y - 20) ** 2 + (x - column) ** 2 <= radius**2] = 220
+    return image
+
+
+@pytest.fixture(scope="module")
+def bright():
+    """A net of single pixels that says 1 where it is bright."""
+    model, variables, meta = make(kernels=(1, 1))
+    params = jax.tree.map(np.zeros_like, dict(variables["params"]))
+    for path, kernel in (("encoder", "level0"), ("decoder", "level0")):
+        for name in ("conv0", "conv1"):
+            params[path][kernel][name]["kernel"][0, 0, 0, 0] = 1
+    params["head"]["kernel"][0, 1], params["head"]["bias"][1] = 10, -5
+    return Predictor.from_model(model, {"params": params}, meta)
+
+
+def test_objects_as_numbers(tmp_path, bright, blobs):
+    Image.fromarray(blobs).save(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "b.tif", np.stack([blobs, blobs[::-1], 0 * blobs]),
+                     photometric="minisblack")  # fmt: skip
+    out = tmp_path / "out"
+    for method, count in (("components", 2), ("distance", 3)):
+        jobs = predict_files(
+            bright, [tmp_path], out, instances=method, overlay=True, probabilities=True
+        )
+        assert [job.labels for job in jobs] == [(out / "a.png",), (out / "b.tif",)]
+        with Image.open(out / "a.png") as picture:
+            assert picture.mode == "I;16"
+            ids = np.asarray(picture)
+        assert ids.dtype == np.uint16 and ids.max() == count
+        np.testing.assert_array_equal(ids > 0, blobs > 100)
+        np.testing.assert_array_equal(
+            ids, instances(bright(blobs).label > 0, method=method)
+        )
+        stack = tifffile.imread(out / "b.tif")
+        assert stack.dtype == np.uint16  # each page by itself
+        assert stack.max((1, 2)).tolist() == [count, count, 0]
+        np.testing.assert_array_equal(stack[0], ids)
+        drawn = np.asarray(Image.open(out / "a_overlay.png"))
+        assert drawn.shape == (40, 60, 3)
+        # Every object has its outline in a colour of its own.
+        seen = {tuple(drawn[20, column]) for column in (11, 29, 53)}
+        assert len(seen) == 3 if method == "distance" else 2
+        assert np.load(out / "a_probability.npy").shape == (40, 60, 2)
+
+
+def test_objects_that_touch_have_an_outline_between_them():
+    ids = np.repeat([[1, 1, 8, 8, 0]], 5, axis=0)  # the colours of 1 and 8 are the same
+    drawn = _picture_of_objects(np.full((5, 5, 1), 9, np.uint8), ids)
+    assert (drawn[2, 1] == drawn[2, 2]).all() and (drawn[2, 1] != drawn[2, 0]).any()
+    assert (drawn[2, 4] == 0).all()
+
+
+def test_many_objects_have_32_bits(tmp_path, caplog):
+    ids = np.arange(70_000).reshape(200, 350)
+    path = _write_objects(tmp_path / "a.png", ids, None)
+    assert path == tmp_path / "a.tif" and "69999 objects" in caplog.text
+    np.testing.assert_array_equal(tifffile.imread(path), ids)
+
+
+def test_post_processing_of_files(tmp_path, bright, blobs):
+    nibabel = pytest.importorskip("nibabel")
+    Image.fromarray(blobs).save(tmp_path / "a.png")
+    options = {"postprocess": "small=30,largest"}
+    predict_files(bright, [tmp_path / "a.png"], tmp_path / "out", **options)
+    label = np.asarray(Image.open(tmp_path / "out" / "a.png"))
+    expected = largest_component((blobs > 100).astype(np.uint8)) * 255
+    np.testing.assert_array_equal(label, expected)
+    assert 0 < (label > 0).sum() < (blobs > 100).sum()
+    # A NIfTI volume holds the numbers of its objects with its own geometry.
+    model, variables, meta = bright.nets[0][:3]
+    image = nifti(tmp_path / "v.nii.gz", np.stack([blobs, blobs]).astype(np.float32))
+    (job,) = predict_files(
+        Predictor.from_model(model, variables, meta),
+        [tmp_path / "v.nii.gz"],
+        tmp_path / "out",
+        instances="components",
+    )
+    found = nibabel.load(job.labels[0])
+    np.testing.assert_array_equal(found.affine, image.affine)
+    assert np.asarray(found.dataobj).max() == 2
+    with pytest.raises(InputError, match="'graph' is not known"):
+        predict_files(bright, [tmp_path / "a.png"], tmp_path / "new", instances="graph")
+    assert not (tmp_path / "new").exists()
 
 
 def test_inputs_are_found_once(tmp_path):

@@ -375,6 +375,26 @@ class Axis(NamedTuple):
         """The most pixels that one logit sees, in an image without borders."""
         return self._widest(self.field)
 
+    @property
+    def halo(self) -> int:
+        """How much further a part of an image must reach than what is wanted of it.
+
+        The logits of a part, from pixel n to pixel m of it, are those of the whole
+        image if n and m are multiples of `step` and as far from where it was cut off.
+        It is what any block of ``step`` logits sees before or after itself, rounded up
+        to a multiple of `step`. Added to it before that is ``step - 1``, because what a
+        blur after up-sampling and the pooled shortcut around a kernel of 1 see is not
+        counted as field, and less than that.
+
+        Of nets that pad, but not if maps are interpolated by aligning their corners:
+        then every logit depends on the size of the image.
+        """
+        reach = 0
+        for cell, (first, last) in self._inside(self.field):
+            block = cell // self.step * self.step
+            reach = max(reach, block - first, last - (block + self.step - 1))
+        return -(-(reach + self.step - 1) // self.step) * self.step
+
     def seen_grid(self) -> list[list[int]]:
         """The receptive field of each node ``X[i, j]`` of UNet++.
 
@@ -395,6 +415,11 @@ class Axis(NamedTuple):
         return [row[-1] for row in self.seen_grid()[:-1]]
 
     def _widest(self, field: Callable[[int, int], Span]) -> int:
+        spans = self._inside(field)
+        return max(last - first + 1 for _, (first, last) in spans)
+
+    def _inside(self, field: Callable[[int, int], Span]) -> list[tuple[int, Span]]:
+        """Cells whose fields reach no border, one of each phase, and their fields."""
         size = 8 * self.step
         while True:
             size = next(self.working_sizes(2 * size))
@@ -404,9 +429,10 @@ class Axis(NamedTuple):
             begin = min(self.sizes(size)[1]) // 4
             if begin < self.step:
                 continue
-            spans = [field(size, begin + i) for i in range(self.step)]
-            if all(first > 0 and last < size - 1 for first, last in spans):
-                return max(last - first + 1 for first, last in spans)
+            cells = range(begin, begin + self.step)
+            spans = [(cell, field(size, cell)) for cell in cells]
+            if all(first > 0 and last < size - 1 for _, (first, last) in spans):
+                return spans
 
     @staticmethod
     def _check_cell(cell: int, size: int) -> None:

@@ -240,6 +240,10 @@ _SCORES: dict[str, Callable[[NumpyArray, Empty], NumpyArray]] = {
 }
 
 
+FIGURES = frozenset((*_SCORES, *(f"image_{key}" for key in _SCORES)))
+"""What `summarise` calls its figures, without the ``/NAME`` of a class."""
+
+
 def _of_each_image(
     score: Callable[[NumpyArray, Empty], NumpyArray], tables: NumpyArray, empty: Empty
 ) -> NumpyArray:

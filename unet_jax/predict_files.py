@@ -8,12 +8,18 @@ the same affine and header; always of the size of the input. Values:
     two classes         0 and 255, because 1 beside 0 looks black; 0 and 1 in NIfTI
     one label           0 and 255 likewise; 0 and 1 in NIfTI
     several labels      a file ``a_NAME`` for each label, as for one label
+    ``instances``       instead of all these the numbers of objects, 0 for none: u16,
+                        or u32 beyond 65535, then a .tif of what would be a .png
     ``probabilities``   ``a_probability.npy``, f32 ``[*S, K]``
     ``overlay``         ``a_overlay.png``, of a stack or volume ``a_overlay.tif``
+
+Post-processing works on what is written: a page of a stack by itself, a volume as a
+whole in its own voxels.
 """
 
 import dataclasses
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -23,9 +29,13 @@ from typing import Any, Literal
 import numpy as np
 
 from unet_jax import overlay as overlays
+from unet_jax import postprocess as post
 from unet_jax.data import formats, images, stacks
+from unet_jax.pictures import class_colours
 from unet_jax.predict import Prediction, Predictor
 from unet_jax.types import InputError, NumpyArray
+
+_LOG = logging.getLogger("unet_jax")
 
 SUFFIXES = tuple(dict.fromkeys(images.SUFFIXES + stacks.SUFFIXES))
 
@@ -57,6 +67,8 @@ def predict_files(
     *,
     probabilities: bool = False,
     overlay: bool = False,
+    postprocess: str = "",
+    instances: str | None = None,
     done: Callable[[Job], None] | None = None,
 ) -> list[Job]:
     """Predicts files and writes what comes out; see the module for names and values.
@@ -70,7 +82,11 @@ def predict_files(
             the label goes back to the volume's own grid.
         out: The folder to write to; made where it is not there.
         probabilities: Write them as well.
-        overlay: Write a picture of the label on the image as well.
+        overlay: Write a picture of the label, or of the objects, on the image as well.
+        postprocess: What is done to a label, such as ``"largest,fill,small=30"``
+            (`unet_jax.postprocess`).
+        instances: Write the numbers of objects instead, found by this method:
+            ``components``, ``watershed`` or ``distance``.
         done: Called after each input.
 
     Returns:
@@ -78,10 +94,17 @@ def predict_files(
 
     Raises:
         InputError: No such input, one that cannot be read or does not fit the net, a
-            disk that cannot be written, or an output that would overwrite an input or
-            another output. Names are settled before the first file is written.
+            disk that cannot be written, an output that would overwrite an input or
+            another output, or post-processing that is not known. Names are settled
+            before the first file is written.
     """
-    out = Path(out)
+    out, meta = Path(out), predictor.meta
+    process = post.build(
+        task=meta.task,
+        label_names=meta.label_names,
+        steps=postprocess,
+        instances=instances,
+    )
     jobs = [
         _plan(predictor, path, out, probabilities=probabilities, overlay=overlay)
         for path in find_inputs(inputs)
@@ -89,11 +112,12 @@ def predict_files(
     _check_outputs(jobs)
     with formats.writable(str(out)):
         out.mkdir(parents=True, exist_ok=True)
+    written = []
     for job in jobs:
-        _predict(predictor, job)
+        written.append(_predict(predictor, job, process, instances))
         if done is not None:
-            done(job)
-    return jobs
+            done(written[-1])
+    return written
 
 
 def find_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -200,46 +224,114 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
 # --- One file ------------------------------------------------------------------------
 
 
-def _predict(predictor: Predictor, job: Job) -> None:
-    geometry = None
+Process = Callable[[Prediction], NumpyArray]
+
+
+def _predict(
+    predictor: Predictor, job: Job, process: Process, instances: str | None
+) -> Job:
+    """Predicts one file and writes what comes out; returns what was written."""
+    needed = job.probability is not None or instances == "watershed"
+    name, geometry = str(job.path), None
     if job.kind == "image":
         image = images.read_image(job.path)
-        label, probability = predictor(image, name=str(job.path))
+        prediction = predictor(image, name=name, probabilities=needed)
+        label = process(prediction)
     else:
         image, geometry = stacks.read_volume(job.path)
-        whole = _volume if job.kind == "volume" else _pages
-        label, probability = whole(predictor, image, geometry, str(job.path))
-    task, classes = predictor.meta.task, len(predictor.meta.label_names)
-    ids = label if task == "classes" or classes == 1 else np.moveaxis(label, -1, 0)
-    planes = [ids] if len(job.labels) == 1 else list(ids)
-    white = 255 if geometry is None and (task == "labels" or classes == 2) else 1
-    for path, plane in zip(job.labels, planes, strict=True):
-        stacks.write_volume(path, plane * plane.dtype.type(white), geometry)
+        if job.kind == "volume":
+            prediction = _volume(predictor, image, geometry, name, needed)
+            label = process(prediction)
+        else:
+            prediction, label = _pages(predictor, image, name, needed, process)
+    task, names = predictor.meta.task, predictor.meta.label_names
+    several = task == "labels" and len(names) > 1
+    planes = list(np.moveaxis(label, -1, 0)) if several else [label]
+    if instances is not None:
+        pairs = zip(job.labels, planes, strict=True)
+        paths = [_write_objects(path, plane, geometry) for path, plane in pairs]
+        job = dataclasses.replace(job, labels=tuple(paths))
+    else:
+        two = task == "labels" or len(names) == 2
+        white = 255 if geometry is None and two else 1
+        for path, plane in zip(job.labels, planes, strict=True):
+            stacks.write_volume(path, plane * plane.dtype.type(white), geometry)
     if job.probability is not None:
         with formats.writable(str(job.probability)):
-            np.save(job.probability, probability)
+            np.save(job.probability, np.asarray(prediction.probability))
     if job.overlay is not None:
-        picture = overlays.draw(
-            image, label, task=task, label_names=predictor.meta.label_names
-        )
+        if instances is not None and not several:
+            picture = _picture_of_objects(image, label)
+        else:
+            shown = (label > 0).astype(np.uint8) if several else label
+            picture = overlays.draw(image, shown, task=task, label_names=names)
         overlays.write(job.overlay, picture)
+    return job
+
+
+def _write_objects(path: Path, objects: NumpyArray, geometry: Any) -> Path:
+    """Writes the numbers of objects, and where."""
+    ids = post.as_ids(objects)
+    if geometry is not None:  # in the smallest type that holds them
+        stacks.write_volume(path, ids, geometry)
+        return path
+    if ids.dtype == np.uint32:
+        path = path.with_suffix(".tif")
+        _LOG.warning("%s has %d objects, and so 32 bits a pixel.", path, ids.max())
+    with formats.writable(str(path)):
+        if path.suffix == ".png":
+            from PIL import Image
+
+            Image.fromarray(ids).save(path)
+        else:
+            import tifffile
+
+            tifffile.imwrite(path, ids, photometric="minisblack", compression="zlib")
+    return path
+
+
+def _picture_of_objects(image: NumpyArray, objects: NumpyArray) -> NumpyArray:
+    """The image with each object as tint and outline, in seven colours by turns."""
+    names = ("background", *"1234567")
+    shown = np.where(objects > 0, (objects - 1) % 7 + 1, 0)
+    picture = overlays.draw(image, shown, task="classes", label_names=names)
+    # Also between two objects whose colour happens to be the same.
+    edge = np.zeros(objects.shape, bool)
+    for axis in (-1, -2):
+        differs = np.moveaxis(np.diff(objects, axis=axis) != 0, axis, 0)
+        along = np.moveaxis(edge, axis, 0)
+        along[:-1] |= differs
+        along[1:] |= differs
+    edge &= objects > 0
+    picture[edge] = class_colours(names)[shown[edge]]
+    return picture
 
 
 def _pages(
-    predictor: Predictor, image: NumpyArray, geometry: Any, name: str
-) -> Prediction:
-    """A stack by a 2-D net, page by page."""
-    pages = [predictor(p, name=f"{name}, page {i}") for i, p in enumerate(image)]
-    return Prediction(*(np.stack(parts) for parts in zip(*pages, strict=True)))
+    predictor: Predictor,
+    image: NumpyArray,
+    name: str,
+    needed: bool,
+    process: Process,
+) -> tuple[Prediction, NumpyArray]:
+    """A stack by a 2-D net, page by page: its prediction and what is made of it."""
+    pages = [
+        predictor(page, name=f"{name}, page {i}", probabilities=needed)
+        for i, page in enumerate(image)
+    ]
+    label = np.stack([process(page) for page in pages])
+    maps = [page.probability for page in pages if page.probability is not None]
+    whole = np.stack([page.label for page in pages])
+    return Prediction(whole, np.stack(maps) if maps else None), label
 
 
 def _volume(
-    predictor: Predictor, image: NumpyArray, geometry: Any, name: str
+    predictor: Predictor, image: NumpyArray, geometry: Any, name: str, needed: bool
 ) -> Prediction:
     """A volume by a 3-D net, in the voxel size that the run was trained on."""
     spacing, shape = predictor.meta.spacing, image.shape[:3]
     if not spacing:
-        return predictor(image, name=name)
+        return predictor(image, name=name, probabilities=needed)
     if geometry is None or min(geometry.spacing) <= 0:
         raise InputError(
             f"{name} does not say its voxel size, and this run resamples volumes to"
@@ -248,9 +340,9 @@ def _volume(
     # Channels before the grid, as in training, because both round whole numbers.
     image = images.to_channels(image, predictor.meta.channels, name=name)
     image = stacks.resample(image, geometry.spacing, spacing, order=1)
-    label, probability = predictor(image, name=name)
+    label, probability = predictor(image, name=name, probabilities=needed)
     # Both by the nearest voxel, so that the label stays what the probabilities say.
-    return Prediction(
-        stacks.resample_to(label, shape, order=0),
-        stacks.resample_to(probability, shape, order=0),
-    )
+    label = stacks.resample_to(label, shape, order=0)
+    if probability is not None:
+        probability = stacks.resample_to(probability, shape, order=0)
+    return Prediction(label, probability)

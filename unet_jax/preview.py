@@ -114,10 +114,10 @@ def _panel(run: Run, example: Any, lines: NumpyArray) -> NumpyArray:
     options: dict[str, Any] = {"task": run.meta.task}
     drawn = overlay.draw(image, label, label_names=run.meta.label_names, **options)
     plain = overlay.draw(image, label, label_names=(), **options)
-    counted = np.asarray(example["weight"]) > 0
+    weight = np.asarray(example["weight"])
     if run.meta.task == "labels":
-        counted = counted.any(axis=-1)
-    drawn = np.where(counted[..., None], drawn, plain)
+        weight = weight.max(axis=-1)
+    drawn = np.where(weight[..., None] > 0, drawn, plain)
     part = np.clip(lines, 0, 1) * 0.8
     drawn = np.rint(drawn * (1 - part) + np.asarray(LINE) * part).astype(np.uint8)
     return drawn[len(drawn) // 2] if drawn.ndim == 4 else drawn

@@ -1,21 +1,71 @@
 """What several commands share: their flags, and how flags and configs are read."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 
-def add_workdir(command: argparse.ArgumentParser) -> None:
-    """The flags that name a workdir and its checkpoint."""
+def add_workdir(command: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The flags that name a workdir, or several for an ensemble, and a checkpoint."""
     add = command.add_argument
-    add("--workdir", required=True, metavar="DIR", help="where train.py wrote")
+    more = "; several, with commas between them, are averaged" if several else ""
+    add("--workdir", required=True, metavar="DIR", help=f"where train.py wrote{more}")
     add(
         "--which",
         type=which,
         default="best",
         help="checkpoint: best, latest or a step (best)",
     )
+
+
+def workdirs(text: str) -> list[str]:
+    """``a,b`` as two workdirs; a folder whose name has a comma as itself."""
+    return [text] if os.path.isdir(text) else [part for part in text.split(",") if part]
+
+
+def add_tiles(command: argparse.ArgumentParser) -> None:
+    """The flags that say how an image goes through a net: tiles, views of it."""
+    add = command.add_argument
+    add(
+        "--tile",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="work through images in tiles of this size (0: never)",
+    )
+    add(
+        "--blend",
+        default="gaussian",
+        metavar="WAY",
+        help="how tiles are joined: gaussian, linear, or exact: what the whole image"
+        " would give (gaussian)",
+    )
+    add(
+        "--overlap",
+        type=float,
+        default=0.5,
+        metavar="PART",
+        help="part of a tile that overlaps the next, from 0 to below 1 (0.5)",
+    )
+    add(
+        "--tta",
+        default="none",
+        metavar="VIEWS",
+        help="average over views of the image: flips, symmetries or rotations (none)",
+    )
+
+
+def tile_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What those flags are for `unet_jax.Predictor`."""
+    names = ("tile", "blend", "overlap", "tta")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def tiled(arguments: argparse.Namespace) -> bool:
+    """Whether they ask for anything but the whole image once."""
+    return arguments.tile != 0 or arguments.tta != "none"
 
 
 def add_split(command: argparse.ArgumentParser) -> None:

@@ -13,17 +13,56 @@ if TYPE_CHECKING:
     from unet_jax.checkpoint import Meta
 
 
+_EPILOG = """\
+measures (--metrics, several with commas between them):
+  pixels     Dice, IoU, precision, recall, accuracy (always)
+  isbi2012   V_Rand and V_Info after thinning, pixel and Rand error
+  objects    panoptic quality, AP, F1 and SEG of instances
+  boundary   Hausdorff 95 and surface Dice of each class
+  roads      relaxed break-even point
+  nvidia     the Dice of NVIDIA's U-Net on ISBI 2012
+
+  unet-jax evaluate --workdir=runs/isbi --metrics=isbi2012 --tta=symmetries --bootstrap
+  unet-jax evaluate --workdir=runs/a --against=runs/b --metrics=objects --bootstrap
+"""
+
+
 def add(commands: Any) -> None:
     """The command's flags."""
     command = commands.add_parser(
         "evaluate",
         help="print the metrics of a data split",
         description="Measures the net of a workdir on the data it was trained with.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_workdir(command)
+    flags.add_workdir(command, several=True)
     flags.add_split(command)
     add = command.add_argument
     add("--json", action="store_true", help="print JSON instead of tables")
+    add("--metrics", metavar="NAMES", help="what to measure, see below (pixels)")
+    add(
+        "--bootstrap",
+        type=int,
+        nargs="?",
+        const=1000,
+        metavar="N",
+        help="95 %% intervals by drawing the images anew N times (1000)",
+    )
+    add("--against", metavar="DIR", help="another workdir, compared image by image")
+    add(
+        "--tolerance",
+        type=float,
+        metavar="PIXELS",
+        help="of surface Dice (1) and of roads (3)",
+    )
+    add(
+        "--instances",
+        metavar="METHOD",
+        help="how objects are told apart: components, watershed or distance"
+        " (components)",
+    )
+    flags.add_tiles(command)
     command.set_defaults(run=_run)
 
 
@@ -31,18 +70,159 @@ def _run(arguments: argparse.Namespace) -> None:
     flags.say_devices(sys.stderr if arguments.json else sys.stdout)
     from unet_jax.checkpoint import load_for_inference
 
+    workdirs = flags.workdirs(arguments.workdir)
+    plain = (arguments.metrics, arguments.bootstrap, arguments.against)
+    if plain != (None, None, None) or len(workdirs) > 1 or flags.tiled(arguments):
+        return _measures(arguments, workdirs)
     model, variables, meta, step = load_for_inference(
-        arguments.workdir, which=arguments.which
+        workdirs[0], which=arguments.which
     )
     meta, source, split = open_split(meta, arguments)
     results = measure(model, variables, meta, source, arguments)
     if arguments.json:
-        head = {"workdir": arguments.workdir, "step": step, "split": split}
-        finite = {k: v if math.isfinite(v) else None for k, v in results.items()}
-        print(json.dumps({**head, "examples": len(source), "results": finite}))
+        print(_json(arguments, step, split, source, {"results": results}))
         return
     print(f"{arguments.workdir}: step {step}, {len(source)} examples of {split}")
     print(table(results, meta.label_names))
+
+
+def _json(
+    arguments: argparse.Namespace,
+    step: int,
+    split: str,
+    source: Any,
+    found: dict[str, Any],
+) -> str:
+    head = {"workdir": arguments.workdir, "step": step, "split": split}
+    return json.dumps({**head, "examples": len(source), **_finite(found)})
+
+
+def _finite(value: Any) -> Any:
+    """For JSON, which has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_finite(item) for item in value]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite else None
+
+
+# --- Measures of their own -----------------------------------------------------------
+
+
+def _measures(arguments: argparse.Namespace, workdirs: Sequence[str]) -> None:
+    """Every image through a `Predictor`, then the figures, intervals, comparison."""
+    from unet_jax import bootstrap
+
+    names = ["pixels", *(n for n in _names(arguments.metrics) if n != "pixels")]
+    meta, step, source, split, found = _counted(arguments, workdirs, names)
+    results: dict[str, float] = {}
+    for rows, kind in found.values():
+        results |= kind.summarise(rows)
+    intervals, differences = {}, {}
+    options = {"samples": arguments.bootstrap or 1000}
+    if arguments.bootstrap is not None:
+        for rows, kind in found.values():
+            intervals |= bootstrap.intervals(rows, kind.summarise, **options)
+    if arguments.against is not None:
+        other = flags.workdirs(arguments.against)
+        _, _, _, _, theirs = _counted(arguments, other, names)
+        for name, (rows, kind) in found.items():
+            differences |= bootstrap.differences(
+                rows, theirs[name][0], kind.summarise, **options
+            )
+    if arguments.json:
+        parts: dict[str, Any] = {"results": results}
+        if intervals:
+            parts["intervals"] = {k: (v.low, v.high) for k, v in intervals.items()}
+        if differences:
+            parts["against"] = {
+                "workdir": arguments.against,
+                "differences": {k: v._asdict() for k, v in differences.items()},
+            }
+        print(_json(arguments, step, split, source, parts))
+        return
+    print(f"{arguments.workdir}: step {step}, {len(source)} examples of {split}")
+    rows, kind = found["pixels"]
+    print(table(kind.summarise(rows), meta.label_names))
+    if lines := _lines(results, intervals, differences):
+        print("", *lines, sep="\n")
+    if arguments.bootstrap is not None or differences:
+        print(_NOTE.format(samples=options["samples"]))
+
+
+_NOTE = (
+    "[]: 95 % of {samples} samples of the images; what another seed of the training"
+    " would change is not in it"
+)
+
+
+def _names(text: str | None) -> list[str]:
+    from unet_jax.measures import MEASURES
+    from unet_jax.types import choose
+
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    for name in names:
+        choose(MEASURES, name, "--metrics =")
+    return names
+
+
+def _counted(
+    arguments: argparse.Namespace, workdirs: Sequence[str], names: Sequence[str]
+) -> tuple["Meta", int, Any, str, Any]:
+    """The run, its split, and the rows of every measure."""
+    from tqdm import tqdm
+
+    from unet_jax import measures
+    from unet_jax.predict import Predictor
+
+    predictor = Predictor(
+        workdirs, which=arguments.which, **flags.tile_options(arguments)
+    )
+    meta, source, split = open_split(predictor.meta, arguments)
+    setting = measures.Setting(
+        predictor=predictor,
+        task=meta.task,
+        label_names=meta.label_names,
+        empty=arguments.empty,
+        tolerance=arguments.tolerance,
+        spacing=tuple(meta.spacing) or None,
+        instances={"method": arguments.instances} if arguments.instances else {},
+    )
+    with tqdm(total=len(source), unit="image", disable=not sys.stderr.isatty()) as bar:
+        found = measures.rows(names, setting, source, done=lambda _: bar.update())
+    return meta, predictor.step, source, split, found
+
+
+def _lines(
+    results: Mapping[str, float],
+    intervals: Mapping[str, Any],
+    differences: Mapping[str, Any],
+) -> list[str]:
+    """A line a figure: those of the table only where there is more to say of them."""
+    from unet_jax import metrics
+
+    table = _COLUMNS if intervals or differences else ()
+    shown = [
+        key
+        for key in results
+        if key.split("/")[0] in table or key.split("/")[0] not in metrics.FIGURES
+    ]
+    width = max(map(len, shown), default=0)
+    lines = []
+    for key in shown:
+        line = f"{key:<{width}}  {results[key]:8.4f}"
+        if key in intervals:
+            line += f"  [{intervals[key].low:.4f}, {intervals[key].high:.4f}]"
+        if key in differences:
+            gain = differences[key]
+            line += f"  against: {results[key] + gain.value:.4f}, {gain.value:+.4f}"
+            line += f" [{gain.low:+.4f}, {gain.high:+.4f}], p = {gain.p:.3f}"
+        lines.append(line)
+    return lines
+
+
+# --- The data ------------------------------------------------------------------------
 
 
 def open_split(meta: "Meta", arguments: argparse.Namespace) -> tuple["Meta", Any, str]:
@@ -67,6 +247,8 @@ def open_split(meta: "Meta", arguments: argparse.Namespace) -> tuple["Meta", Any
             " to measure it on."
         )
     options, split = dict(meta.config["data"]), arguments.split
+    # Of the training part too it is the plain label that is measured.
+    options.pop("border", None)
     # What is done at loading is part of the net.
     options["normalisation"] = meta.normalisation["kind"]
     if arguments.root is not None:
@@ -133,6 +315,9 @@ def measure(
     return found.results
 
 
+_COLUMNS = ("dice", "iou", "precision", "recall", "image_dice", "image_iou")
+
+
 def table(results: Mapping[str, float], label_names: Sequence[str]) -> str:
     """The figures of an evaluation as text.
 
@@ -143,7 +328,7 @@ def table(results: Mapping[str, float], label_names: Sequence[str]) -> str:
     Returns:
         A row a name (pooled scores, then means over images), then the overall figures.
     """
-    keys = ("dice", "iou", "precision", "recall", "image_dice", "image_iou")
+    keys = _COLUMNS
     width = max(len("mean"), *(len(name) for name in label_names))
     lines = [" " * width + "".join(f"{key:>12}" for key in keys)]
     for name in label_names:
