@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from unet_jax import geometry, layers, losses, models, resample, torch_weights
+from unet_jax.data.border import border_weight
 
 
 @pytest.fixture
@@ -90,6 +91,15 @@ def _bce(logits, label):
     label = jnp.full((1, 4, 4, 1), label)
     logits = jnp.full(label.shape, logits, jnp.float32)
     return float(loss_fn(logits, label, jnp.ones(label.shape))[0])
+
+
+def test_the_weight_map_has_the_2_of_a_gaussian():
+    """Two straight objects, nine pixels of background: d1 = d2 = 5 in the middle."""
+    instances = np.zeros((4, 13), np.int32)
+    instances[:, :2], instances[:, 11:] = 1, 2
+    weight = border_weight(instances, w0=10.0, sigma=5.0)
+    assert weight[0, 6] == pytest.approx(10 * np.exp(-100 / 50), rel=1e-6)  # 1.35
+    assert 10 * np.exp(-100 / 25) == pytest.approx(0.18, abs=0.005)
 
 
 def test_cross_entropy_of_probabilities_never_falls_below_031():
