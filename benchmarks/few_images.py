@@ -1,6 +1,6 @@
 """Dice and V_Rand against the number of training images, with and without augmentation.
 
-    python benchmarks/few_images.py --root=DIR --out=docs
+    python -m benchmarks.few_images --root=DIR --out=docs
 
 The claim of the U-Net paper (section 3.1) is that deformed copies let a net learn from
 a few images. DIR holds ISBI 2012's ``train-volume.tif`` and ``train-labels.tif``. For
@@ -13,7 +13,6 @@ there already are not computed again. At the end the table and the plot are writ
 import argparse
 import csv
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from unet_jax import measures, run, sharding
 from unet_jax.data.source import Source, Wrapper
@@ -107,15 +104,12 @@ def config(root: str, kind: str, *, steps: int) -> dict[str, Any]:
     }
 
 
-def measured(wired: run.Run, count: int, seed: int) -> dict[str, float]:
-    """Trains on ``count`` slices drawn by the seed; figures of the held-out ones."""
-    source = wired.dataset.train
-    numbers = np.random.default_rng(seed).permutation(len(source))[:count]
-    data = dataclasses.replace(wired.dataset, train=Some(source, numbers.tolist()))
-    wired = dataclasses.replace(
-        wired, dataset=data, config={**wired.config, "seed": seed}
-    )
-    begin = time.perf_counter()
+def trained(wired: run.Run, numbers: Sequence[int], seed: int) -> tuple[Any, float]:
+    """Trains on some of the training slices: the state, and the last loss."""
+    source = Some(wired.dataset.train, numbers)
+    data = dataclasses.replace(wired.dataset, train=source)
+    config = {**wired.config, "seed": seed}
+    wired = dataclasses.replace(wired, dataset=data, config=config)
     key = jax.random.split(jax.random.key(seed))[0]
     # The compiled start is of seed 0; another seed's parameters are drawn anew.
     state = dataclasses.replace(_start(wired, seed), key=key)
@@ -124,15 +118,29 @@ def measured(wired: run.Run, count: int, seed: int) -> dict[str, float]:
     for _ in range(wired.config["train"]["steps"]):
         batch = sharding.place(next(batches), wired.mesh)
         state, stats = wired.train_step(state, batch)
-    loss = float(stats["loss"] / stats["count"])
-    seconds = time.perf_counter() - begin
-    predictor = Predictor.from_model(wired.model, state.variables, wired.meta)
+    return state, float(stats["loss"] / stats["count"])
+
+
+def counted(
+    wired: run.Run, state: Any, *, tta: str = "none"
+) -> dict[str, tuple[np.ndarray[Any, Any], measures.Measure]]:
+    """The rows of the held-out slices, of pixels and of ISBI 2012."""
+    predictor = Predictor.from_model(wired.model, state.variables, wired.meta, tta=tta)
     setting = measures.Setting(
         predictor=predictor, task="classes", label_names=wired.meta.label_names
     )
-    found = measures.rows(("pixels", "isbi2012"), setting, wired.dataset.evaluation)
+    return measures.rows(("pixels", "isbi2012"), setting, wired.dataset.evaluation)
+
+
+def measured(wired: run.Run, count: int, seed: int) -> dict[str, float]:
+    """Trains on ``count`` slices drawn by the seed; figures of the held-out ones."""
+    total = len(wired.dataset.train)
+    numbers = np.random.default_rng(seed).permutation(total)[:count]
+    begin = time.perf_counter()
+    state, loss = trained(wired, numbers.tolist(), seed)
+    seconds = time.perf_counter() - begin
     figures: dict[str, float] = {}
-    for rows, kind in found.values():
+    for rows, kind in counted(wired, state).values():
         figures |= kind.summarise(rows)
     return {k: figures[k] for k in FIGURES} | {"loss": loss, "seconds": seconds}
 
