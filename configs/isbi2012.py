@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     config.data.volumes.label_names = ("membrane", "cell")
     config.data.train = "all[:20]"
     config.data.evaluation = "all[20:30]"
+    config.data.border.w0 = 10.0
 
+    config.augment.elastic = 10.0
     config.augment.rotate = 180.0
     config.augment.scale = 0.15
     config.augment.brightness = 0.1
@@ -35,13 +37,13 @@ def get_config() -> ConfigDict:
 
     config.model.features = (16, 32, 64, 128, 256)
 
-    config.train.steps = 1500
+    config.train.steps = 1200
     config.train.ema = 0.995
     config.train.batch_size = 4
     config.train.crop = (256, 256)
-    config.train.log_every = 25
-    config.train.eval_every = 150
-    config.train.save_every = 150
+    config.train.log_every = 50
+    config.train.eval_every = 300
+    config.train.save_every = 300
     config.train.eval_batch_size = 2
     config.optim.warmup_steps = 50
     return config
