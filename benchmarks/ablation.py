@@ -1,6 +1,6 @@
 """What border weights, elastic deformation and test-time augmentation each bring.
 
-    python -m benchmarks.ablation --root=DIR --out=docs
+    python -m benchmarks.ablation --root=DIR
 
 DIR holds ISBI 2012's ``train-volume.tif`` and ``train-labels.tif``. The small U-Net of
 `benchmarks.few_images` is trained on slices 0-19 with and without border weights, with
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is not there yet and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", required=True)
-    parser.add_argument("--out", default=".", type=Path)
+    parser.add_argument("--out", default="runs/ablation", type=Path)
     parser.add_argument("--seeds", default=3, type=int)
     parser.add_argument("--steps", default=400, type=int)
     arguments = parser.parse_args(argv)

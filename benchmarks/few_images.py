@@ -1,6 +1,6 @@
 """Dice and V_Rand against the number of training images, with and without augmentation.
 
-    python -m benchmarks.few_images --root=DIR --out=docs
+    python -m benchmarks.few_images --root=DIR --steps=300
 
 The claim of the U-Net paper (section 3.1) is that deformed copies let a net learn from
 a few images. DIR holds ISBI 2012's ``train-volume.tif`` and ``train-labels.tif``. For
@@ -228,7 +228,7 @@ def main() -> None:
     """Trains what is not there yet and writes table and plot."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", required=True)
-    parser.add_argument("--out", default=".", type=Path)
+    parser.add_argument("--out", default="runs/few_images", type=Path)
     parser.add_argument("--seeds", default=3, type=int)
     parser.add_argument("--steps", default=400, type=int)
     arguments = parser.parse_args()

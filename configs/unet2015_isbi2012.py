@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.augment.gamma = 0.2
 
     config.model.name = "unet_2015"
-    config.model.features = None  # as published, 64 to 1024
+    config.model.features = (64, 128, 256, 512, 1024)  # as published
 
     config.loss.dice = 0.0
 
