@@ -11,7 +11,10 @@ of the contracting path, shift, rotation, grey values and elastic deformation by
 pixels on a 3 x 3 grid, and the mean of 7 rotated versions in the end. The paper does
 not say the learning rate, the number of steps or the dropout rate: those are ours.
 
-MEASURED
+Measured on two CPU cores with an eighth of the channels
+(``--config.model.features="(8,16,32,64,128)"``) and 1000 steps: V_Rand 0.823, V_Info
+0.905 on the ten held-out slices without rotations, after 12 minutes beside other work,
+and still rising. At full width it waits for a GPU.
 """
 
 from ml_collections import ConfigDict
