@@ -9,7 +9,8 @@ DIR is laid out as `nuclei` says. The gap between touching nuclei is background 
 weighs up to ten times as much (the U-Net paper's weight map), so that the connected
 parts of what is predicted are the nuclei.
 
-MEASURED
+Not measured itself: a U-Net with these weights and deformations and 16 to 256 channels
+has PQ 0.555 and AP 0.653 at an IoU of 0.5 on the last 20 of 102 ids (docs/results.md).
 """
 
 from ml_collections import ConfigDict
