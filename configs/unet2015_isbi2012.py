@@ -19,27 +19,14 @@ and still rising. At full width it waits for a GPU.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from configs import isbi2012
 
 
 def get_config() -> ConfigDict:
     """31 million parameters: an accelerator's work. For two cores, see above."""
-    config = default.get_config()
-    config.data.source = "volumes"
-    config.data.volumes.images = "train-volume.tif"
-    config.data.volumes.masks = "train-labels.tif"
-    config.data.volumes.slices = True
-    config.data.volumes.label_names = ("membrane", "cell")
-    config.data.train = "all[:20]"
-    config.data.evaluation = "all[20:30]"
-    config.data.border.w0 = 10.0
-
-    config.augment.rotate = 180.0
+    config = isbi2012.get_config()  # data, border weights and deformation
     config.augment.shift = 0.05
-    config.augment.elastic = 10.0
-    config.augment.brightness = 0.1
-    config.augment.contrast = 0.2
-    config.augment.gamma = 0.2
+    config.augment.scale = config.augment.noise = 0.0
 
     config.model.name = "unet_2015"
     config.model.features = (64, 128, 256, 512, 1024)  # as published
@@ -53,9 +40,9 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay = 0.0
 
     config.train.steps = 20000
+    config.train.ema = 0.0
     config.train.batch_size = 1
     config.train.crop = (572, 572)
-    config.train.log_every = 50
     config.train.eval_every = 1000
     config.train.save_every = 1000
     config.train.eval_batch_size = 1
