@@ -16,7 +16,7 @@ ROOT = Path(unet_jax.__file__).parent
 # Each row may import from the rows above it and from nothing else of the package.
 ROWS = [
     {"types"},
-    {"log"},
+    {"log", "compiled", "distributed", "sharding"},
     {
         "layers",
         "losses",
@@ -27,7 +27,7 @@ ROWS = [
         "warp",
         "normalisation",
         "optim",
-        "sharding",
+        "budget",
         "tta",
         "postprocess",
     },
@@ -39,11 +39,11 @@ ROWS = [
     {"training", "pictures", "tiles"},
     {"torch_weights"},
     {"evaluation", "checkpoint"},
-    {"transfer"},
+    {"transfer", "feasible"},
     {"predict", "overlay", "run"},
     {"predict_files", "report", "preview", "measures"},
-    {"pruning", "features", "diagram", "convert", "parity"},
-    {"feature_sheet"},
+    {"pruning", "features", "diagram", "convert", "parity", "books"},
+    {"feature_sheet", "members"},
     {"cli", "__init__"},
     {"__main__"},
 ]
