@@ -3,7 +3,10 @@
     python train.py --config=configs/default.py --workdir=runs/cells
 
 The same command again goes on where the run was stopped. ``--dry_run`` prints the model
-and the memory of its compiled step and stops there.
+and what its compiled step costs each device (memory, operations, communication) and
+stops there; with ``--devices=8`` it does so for eight virtual devices of a CPU.
+``--distributed`` starts one of several processes, and ``--config.members.folds=5``
+trains the five nets of a cross-validation side by side (docs/scale.md).
 """
 
 import contextlib
@@ -17,27 +20,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from unet_jax import normalisation, report, sharding
-from unet_jax.checkpoint import Checkpoints, check_same_run, stored_meta
-from unet_jax.evaluation import Progress, score_of
-from unet_jax.log import Meter, RunLog, replace_file
+from unet_jax import compiled, distributed, members, normalisation, report, sharding
+from unet_jax.books import Books, announced, opened, short
+from unet_jax.checkpoint import stored_meta
 from unet_jax.run import Run, build
 from unet_jax.training import TrainState, is_due
 from unet_jax.types import InputError, size_text
 
-NOT_SCORED = -1e30  # of a checkpoint that is not the best so far
-
 
 def say(text: str) -> None:
-    """Prints a line without breaking the progress bar."""
+    """Prints a line without breaking the progress bar; of several processes, one."""
+    if not distributed.is_main():
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -51,20 +52,6 @@ def chosen(section: Any) -> Any:
     if isinstance(section, list | tuple):
         return tuple(chosen(v) for v in section)
     return section
-
-
-def announced(eval_step: Any) -> Any:
-    """The evaluation step, saying so when a new image size has it compiled."""
-    seen: set[tuple[int, ...]] = set()
-
-    def step(variables: Any, batch: Any) -> Any:
-        shape = batch["image"].shape
-        if shape not in seen:
-            seen.add(shape)
-            say(f"compiling the evaluation of {size_text(shape[1:-1])} ...")
-        return eval_step(variables, batch)
-
-    return step
 
 
 def describe(run: Run) -> None:
@@ -121,13 +108,14 @@ def interruptible() -> Iterator[list[str]]:
 
 
 def compile_step(run: Run, state: Any, batch: Any) -> Any:
-    """Compiles the training step ahead of time and prints its memory."""
+    """Compiles the training step ahead of time and prints what it costs."""
     begin = time.perf_counter()
     say("compiling the training step ...")
-    compiled = run.train_step.lower(state, batch).compile()
+    program = run.train_step.lower(state, batch).compile()
     say(f"compiled in {time.perf_counter() - begin:.1f} s")
-    say(report.memory_line(compiled))
-    return compiled
+    say(compiled.text(compiled.costs(program), devices=run.mesh.size))
+    distributed.wait("compiled")
+    return program
 
 
 def train_and_evaluate(
@@ -140,24 +128,68 @@ def train_and_evaluate(
         workdir: Where the run is kept, or None to stop before the first step.
 
     Returns:
-        The figures of the last evaluation.
+        The figures of the last evaluation; of members see `train_members`.
     """
-    mesh = sharding.make_mesh(**config["mesh"])
+    distributed.check_same(json.dumps(config, sort_keys=True))
+    if members.asked(config):
+        return train_members(config, workdir)
+    if workdir is not None:
+        members.check_workdir(workdir, None)
+    mesh = sharding.make_mesh(config["mesh"]["data"], config["mesh"]["space"])
     kind = mesh.devices.flat[0].device_kind
-    say(f"{jax.default_backend()}: {kind}, {mesh.size} device(s) used")
+    lie = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
+    lie = f", {lie}" if mesh.size > 1 else ""
+    some = jax.process_count()
+    those = f" of {some} processes" if some > 1 else ""
+    say(f"{jax.default_backend()}: {kind}, {mesh.size} device(s){those} used{lie}")
     stored = None if workdir is None else stored_meta(workdir)
-    run = build(config, mesh, stored)
-    run = dataclasses.replace(run, eval_step=announced(run.eval_step))
+    run = build(config, mesh, stored, say=say)
+    _say_found(config, run.config)
+    run = dataclasses.replace(run, eval_step=announced(run.eval_step, say))
     describe(run)
-    whole = sharding.replicated(mesh)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-        jax.eval_shape(run.init),
-    )
     if workdir is None:
-        batch = sharding.place(next(run.train_batches(0)), mesh)
-        compile_step(run, shapes, batch)
+        compile_step(run, run.shapes, run.batch_shapes())
         return {}
+    workdir = _made(workdir)
+    with (
+        interruptible() as interrupted,
+        opened(run, workdir, say=say) as (books, state),
+    ):
+        if books.start:
+            say(f"going on from step {books.start} of {workdir}")
+        loop(books, state, interrupted)
+    if distributed.is_main():
+        say(f"curves: {report.curves(workdir)}")
+    return books.results
+
+
+def train_members(
+    config: dict[str, Any], workdir: str | os.PathLike[str] | None
+) -> dict[str, float]:
+    """The members of a cross-validation or an ensemble, side by side.
+
+    Args:
+        config, workdir: As for `train_and_evaluate`.
+
+    Returns:
+        Of folds the figures out of fold, of seeds the means of the members' best.
+    """
+    team = members.build(config, workdir, say=say)
+    say(f"what follows is of {team.names[0]}, the others are like it:")
+    describe(team.runs[0])
+    if workdir is None:
+        members.compile_step(team, say=say)
+        return {}
+    workdir = _made(workdir)
+    with interruptible() as interrupted:
+        members.train(team, workdir, say=say, interrupted=interrupted)
+    for name in team.names:
+        report.curves(workdir / name)
+    return members.conclude(team, workdir, say=say)
+
+
+def _made(workdir: str | os.PathLike[str]) -> Path:
+    """The folder of a run, there from now on."""
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -165,65 +197,46 @@ def train_and_evaluate(
         raise InputError(
             f"the workdir {workdir} cannot be made ({error.strerror}): use another."
         ) from error
-    with interruptible() as interrupted, Checkpoints(workdir) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        progress, results = Progress(), {}
-        if start:
-            stored = checkpoints.read_meta(start)
-            for change in check_same_run(stored, run.meta, workdir):
-                say(f"changed since the checkpoint: {change}")
-            progress, results = Progress(**stored.progress), stored.results
-            state = checkpoints.restore(start, shapes)
-            say(f"going on from step {start} of {workdir}")
-        else:
-            state = run.begin()
-        text = json.dumps(run.meta.to_json()["config"], indent=2) + "\n"
-        replace_file(workdir / "config.json", text.encode())
-        log = RunLog(workdir, resume_step=start)
-        try:
-            results = loop(
-                run, workdir, checkpoints, log, state, progress, results, interrupted
-            )
-        finally:
-            log.close()
-    say(f"curves: {report.curves(workdir)}")
-    return results
+    return workdir
 
 
-def loop(
-    run: Run,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    log: RunLog,
-    state: TrainState,
-    progress: Progress,
-    results: dict[str, float],
-    interrupted: list[str],
-) -> dict[str, float]:
+def _say_found(asked: dict[str, Any], run: dict[str, Any]) -> None:
+    """Says which numbers were found rather than given."""
+    if not asked["train"]["batch_size"]:
+        say(f"train.batch_size = {run['train']['batch_size']}")
+    if asked["model"].get("remat", 0) < 0:
+        say(f"model.remat = {run['model']['remat']}")
+
+
+def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
     """Steps, logs, evaluates, decides and saves, in this order, until the end."""
+    run, workdir = books.run, books.workdir
     train, total = run.config["train"], run.config["train"]["steps"]
-    step, patience = int(state.step), train["patience"]
-    stop = bool(patience) and progress.since_best >= patience
-    if step >= total or stop:
-        say(f"the run is finished at step {step}: {short(results)}")
-        return results
-    batches = sharding.prefetch(run.train_batches(step), run.mesh)
+    step = begin = int(state.step)
+    if step >= total or books.impatient:
+        say(f"the run is finished at step {step}: {short(books.results)}")
+        return
+    if (total - step) % run.steps_per_call:
+        raise InputError(
+            f"train.steps_per_call = {run.steps_per_call} does not divide the"
+            f" {total - step} steps from step {step}, where {workdir} stands, to"
+            f" train.steps = {total}: use train.steps_per_call=1."
+        )
+    batches = run.placed_batches(step)
     batch = next(batches)
     step_fn = compile_step(run, state, batch)
-    meter, clock, begin = Meter(workdir), time.perf_counter(), step
-    bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
+    books.begin()
+    clock = time.perf_counter()
+    shown = sys.stderr.isatty() and distributed.is_main()
+    bar = tqdm(total=total, initial=step, unit="step", disable=not shown)
     with bar:
-        stop = bool(interrupted)
+        stop = distributed.agreed(bool(interrupted))
         while step < total and not stop:
             state, stats = step_fn(state, batch)
             batch = next(batches)
-            step += 1
-            meter.add(step, stats)
-            bar.update()
-            if is_due(step, train["log_every"], total):
-                means = meter.take()
-                rate = float(run.schedule(step - 1)) * progress.lr_scale
-                log.scalars("train", step, {**means, "learning_rate": rate})
+            step += run.steps_per_call
+            bar.update(run.steps_per_call)
+            if means := books.add(step, stats):
                 line = f"loss {means['loss']:.4f}"
                 line += f", {means['images_per_second']:.1f} images/s"
                 bar.set_postfix_str(line)
@@ -232,80 +245,43 @@ def loop(
                         (time.perf_counter() - clock) / (step - begin) * (total - step)
                     )
                     say(f"step {step}/{total}: {line}, {left:.0f} s left")
-            score = NOT_SCORED
-            if is_due(step, train["eval_every"], total):
-                with meter.paused():
-                    results, progress = assess(run, workdir, log, state, step, progress)
-                scale = jax.device_put(
-                    np.float32(progress.lr_scale), state.lr_scale.sharding
-                )
-                state = dataclasses.replace(state, lr_scale=scale)
-                stop = bool(patience) and progress.since_best >= patience
-                if progress.best_step == step and progress.best is not None:
-                    score = progress.best
-            stop = stop or bool(interrupted)
-            if stop or score > NOT_SCORED or is_due(step, train["save_every"], total):
-                meter.drain()
-                meta = dataclasses.replace(
-                    run.meta, progress=dataclasses.asdict(progress), results=results
-                )
-                checkpoints.save(state, meta, score=score)
-        checkpoints.wait()
-    if interrupted:
-        at = checkpoints.latest_step()
+            # Processes stop together, so they ask each other, but not at every step.
+            if jax.process_count() == 1 or is_due(step, train["log_every"], total):
+                stop = distributed.agreed(bool(interrupted))
+            state = books.evaluated(step, state)
+            stop |= books.impatient
+            if stop or books.saves(step):
+                books.save(step, state)
+        books.checkpoints.wait()
+    if distributed.agreed(bool(interrupted)):
+        at = books.checkpoints.latest_step()
         where = f"saved step {at}" if at else "stopped before the first step"
-        say(f"{interrupted[0]}: {where}; the same command goes on from there")
+        by = interrupted[0] if interrupted else "another process was stopped"
+        say(f"{by}: {where}; the same command goes on from there")
         raise SystemExit(0)
     if step < total:
-        say(f"stopped early: {patience} evaluations without a better one")
-    sign = -1.0 if train["monitor"] == "loss" else 1.0
-    say(
-        f"finished at step {step}; best {train['monitor']}"
-        f" {sign * (progress.best or 0.0):.4f} at step {progress.best_step};"
-        f" checkpoints, logs and pictures are in {workdir}"
-    )
-    return results
+        say(f"stopped early: {train['patience']} evaluations without a better one")
+    say(books.closing(step))
 
 
-def short(results: dict[str, float]) -> str:
-    """The figures of an evaluation that belong on one line."""
-    keys = [k for k in results if k in ("loss", "dice") or k.startswith("dice/")]
-    return ", ".join(f"{k} {results[k]:.4f}" for k in keys)
+class Command(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+        config: Plain data, see `chosen`.
+        workdir: Where the run is kept; None for a dry run.
+        devices: Virtual devices of the CPU to use instead of the real ones; 0 for none.
+        processes: For `unet_jax.distributed.start`.
+    """
+
+    config: dict[str, Any]
+    workdir: str | None
+    devices: int
+    processes: dict[str, Any]
 
 
-def assess(
-    run: Run,
-    workdir: Path,
-    log: RunLog,
-    state: TrainState,
-    step: int,
-    progress: Progress,
-) -> tuple[dict[str, float], Progress]:
-    """Evaluates, logs it, draws a picture, and decides what follows from it."""
-    begin = time.perf_counter()
-    found = run.evaluate(state, keep=4)
-    log.scalars("evaluation", step, found.results)
-    path = workdir / "pictures" / f"step_{step:06d}.png"
-    report.picture(found.kept, path, label_names=run.meta.label_names)
-    log.image(step, path)
-    seconds = time.perf_counter() - begin
-    say(f"evaluation at step {step}: {short(found.results)} ({seconds:.1f} s)")
-    plateau = run.config["plateau"]
-    on = run.config["optim"]["schedule"] == "plateau"
-    new = progress.after(
-        step,
-        score_of(found.results, run.config["train"]["monitor"]),
-        watched=-score_of(found.results, plateau["monitor"]) if on else None,
-        factor=plateau["factor"],
-        patience=plateau["patience"],
-    )
-    if new.lr_scale != progress.lr_scale:
-        say(f"plateau: the learning rate is now scaled by {new.lr_scale:g}")
-    return found.results, new
-
-
-def parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
-    """The config and the workdir that a command line asks for; no workdir: a dry run.
+def parse(argv: list[str]) -> Command:
+    """Reads a command line.
 
     Raises:
         InputError: A flag, a file or a key that is wrong.
@@ -319,6 +295,28 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     )
     dry_run = flags.DEFINE_bool(
         "dry_run", False, "Stop before the first step.", flag_values=values
+    )
+    devices = flags.DEFINE_integer(
+        "devices",
+        0,
+        "Use so many virtual devices of the CPU instead of the real ones.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    several = flags.DEFINE_bool(
+        "distributed",
+        None,
+        "One of several processes; without the flag, where SLURM or MPI say so.",
+        flag_values=values,
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0.", flag_values=values
+    )
+    processes = flags.DEFINE_integer(
+        "processes", 0, "How many there are.", lower_bound=0, flag_values=values
+    )
+    process = flags.DEFINE_integer(
+        "process", -1, "Which of them this is, from 0.", flag_values=values
     )
     show = flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
     files = [arg.split("=", 1)[1] for arg in argv if re.match("--?config=", arg)]
@@ -350,22 +348,40 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], str | None]:
         raise InputError(f"{rest[1]!r} is no flag: write --config=FILE --workdir=DIR.")
     if not workdir.value and not dry_run.value:
         raise InputError("say where the run should be kept: --workdir=DIR.")
-    return chosen(config.value), None if dry_run.value else workdir.value
+    return Command(
+        chosen(config.value),
+        None if dry_run.value else workdir.value,
+        devices.value,
+        {
+            "wanted": several.value,
+            "coordinator": coordinator.value,
+            "processes": processes.value,
+            "process": process.value,
+        },
+    )
 
 
 def main() -> int:
     """Runs a command line; a user's mistake ends in one sentence and status 2."""
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        config, workdir = parse(sys.argv)
-        train_and_evaluate(config, workdir)
+        command = parse(sys.argv)
+        if command.devices:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", command.devices)
+
+        def job() -> int:
+            distributed.start(**command.processes)
+            train_and_evaluate(command.config, command.workdir)
+            return 0
+
+        return distributed.guarded(job)
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

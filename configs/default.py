@@ -139,7 +139,8 @@ def get_config() -> ConfigDict:
     model.deep_supervision = placeholder(bool)
     model.heads = placeholder(int)  # how many levels of a U-Net then have one
     model.level = placeholder(int)  # unetpp: cut off after this level
-    model.remat = placeholder(int)  # levels to compute again in the backward pass
+    # Levels to compute again in the backward pass; -1: as few as fit the memory.
+    model.remat = placeholder(int)
     model.dtype = placeholder(str)  # float32 | bfloat16
 
     config.loss = loss = ConfigDict()  # unet_jax.losses.build
@@ -185,8 +186,11 @@ def get_config() -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.steps = 300
-    train.batch_size = 8  # the effective one, over devices and accumulation
+    # The effective one, over devices and accumulation; 0: the largest that fits.
+    train.batch_size = 8
+    train.memory_gb = 0.0  # of a device, to fit into; 0: what the device says
     train.accumulate = 1  # microbatches a step
+    train.steps_per_call = 1  # steps a dispatch; divides all that happens every so many
     train.crop = (128, 128)  # the net's input size in training
     train.ema = 0.0  # decay of the parameters' average, 0 for none
     train.log_every = 10
@@ -197,6 +201,14 @@ def get_config() -> ConfigDict:
     train.monitor = "dice"  # the figure that decides which checkpoint is best
     train.patience = 0  # evaluations without a better one before stopping, 0: never
 
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that share a batch, -1 for all
+    config.mesh = mesh = ConfigDict()  # unet_jax.sharding.make_mesh
+    mesh.data = -1  # parts that a batch is split into, -1 for as many as there can be
+    mesh.space = 1  # parts that every image is split into, along its first axis
+    mesh.fsdp = False  # split parameters and optimizer state over the devices, too
+    mesh.pmap = False  # the same step under jax.pmap, for those who are built on it
+
+    config.members = members = ConfigDict()  # unet_jax.members: several nets at once
+    members.folds = 0  # of a cross-validation of data.train, which must be a bare name
+    members.seeds = 0  # nets of an ensemble: from seed on
+    members.vmap = placeholder(bool)  # as one program, or in turn; None: by backend
     return config

@@ -78,6 +78,8 @@ def test_objects_after_post_processing(workdirs, image, tmp_path):
         ("a", "--postprocess=open", "postprocess: 'open' is not known"),
         ("a,", "--postprocess=small", "small=30"),
         (",", "--tta=none", "at least one workdir"),
+        ("a", "--mesh=8", "two numbers of devices, DATAxSPACE, such as 1x8"),
+        ("a", "--mesh=1x3", "needs 3 devices, but there are 2 devices"),
     ],
 )
 def test_mistakes_are_one_sentence(workdir, flag, words, workdirs, image, capsys):

@@ -199,7 +199,7 @@ def _parsed(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks there for overrides
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # how ml_collections loads a file
-        return train.parse(argv)[0]["optim"]
+        return train.parse(argv).config["optim"]
 
 
 def test_the_command_line_gives_patterns_and_factors(monkeypatch):

@@ -1,6 +1,7 @@
 """The predictor: any size, any type, the evaluation's numbers, tiles, ensembles."""
 
 import functools
+import json
 import logging
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import unet_jax
-from unet_jax import losses, models, tta
+from unet_jax import losses, models, sharding, tta
 from unet_jax.checkpoint import Checkpoints, Meta
 from unet_jax.data import eval_batches
 from unet_jax.evaluation import make_eval_step
@@ -244,6 +245,38 @@ def test_blended_tiles():
     assert programs(predictor) == [1]
     assert error["linear", 0.6] < 0.7 * error["linear", 0.0]
     assert error["gaussian", 0.6] < 0.7 * error["linear", 0.6]
+
+
+@pytest.mark.parametrize(
+    ("padding", "size", "data", "space", "options"),
+    [
+        # 24 rows divide over two devices and the strides; the others are mirrored more.
+        ("same", (24, 19), 1, 2, {}),
+        ("same", (24, 24), 2, 1, {"tta": "symmetries", "batch_size": 3}),
+        ("same", (40, 20), 1, 2, {"tile": 16, "batch_size": 2}),
+        ("same", (40, 20), 1, 2, {"tile": 10, "blend": "exact"}),
+        ("reflect", (24, 18), 1, 2, {}),
+        ("valid", (23, 18), 1, 2, {}),
+        ("valid", (31, 18), 2, 1, {"tile": 10}),
+    ],
+)
+def test_an_image_over_devices_is_the_same(padding, size, data, space, options):
+    model, variables, meta = make(padding=padding)
+    image = picture(*size, 1)
+    mesh = sharding.make_mesh(data, space)
+    one = Predictor.from_model(model, variables, meta, **options)(image)
+    two = Predictor.from_model(model, variables, meta, **options, mesh=mesh)(image)
+    np.testing.assert_allclose(two.probability, one.probability, rtol=0, atol=2e-6)
+
+
+def test_an_image_that_does_not_divide_is_mirrored_further():
+    model, variables, meta = make()
+    image = picture(21, 18, 1)
+    mesh = sharding.make_mesh(1, 2)
+    two = Predictor.from_model(model, variables, meta, mesh=mesh)(image)
+    more = np.pad(image, ((0, 3), (0, 0), (0, 0)), mode="reflect")
+    one = Predictor.from_model(model, variables, meta)(more)
+    np.testing.assert_allclose(two.probability, one.probability[:21], rtol=0, atol=2e-6)
 
 
 def test_images_of_all_sizes_run_through_one_program():
@@ -513,6 +546,20 @@ def test_a_workdir_is_enough(tmp_path):
     assert [net.name for net in both.nets] == [str(tmp_path)] * 2
     with pytest.raises(InputError, match="no checkpoint"):
         Predictor(tmp_path / "nothing")
+
+
+def test_a_workdir_of_members_is_their_mean(tmp_path):
+    nets = []
+    for number in range(2):
+        model, variables, meta = make()
+        scaled = jax.tree.map(lambda x, n=number: x * np.float32(1 + n), variables)
+        save(tmp_path / f"seed_{number}", scaled, meta)
+        nets.append(Net(model, scaled, meta))
+    index = {"kind": "seeds", "members": ["seed_0", "seed_1"]}
+    (tmp_path / "members.json").write_text(json.dumps(index))
+    image = picture(12, 9, 1)
+    found = Predictor(tmp_path)(image).probability
+    np.testing.assert_array_equal(found, Predictor.from_nets(nets)(image).probability)
 
 
 def test_the_package_is_light():

@@ -4,7 +4,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -182,28 +181,6 @@ def test_the_flops_add_up_to_xlas_within_its_elementwise_work():
     theirs = jax.jit(forward).lower(variables, image).cost_analysis()["flops"]
     # XLA does not count taps on the zero padding and does count the activations.
     assert ours == pytest.approx(theirs, rel=0.05)
-
-
-def test_memory_line():
-    step = jax.jit(lambda x: jnp.dot(x, x), donate_argnums=0)
-    compiled = step.lower(shape(512, 512)).compile()
-    line = report.memory_line(compiled)
-    assert "arguments 1.0 MB + outputs 1.0 MB" in line and "\n" not in line
-    fake = SimpleNamespace(
-        argument_size_in_bytes=3 << 20,
-        output_size_in_bytes=2 << 20,
-        temp_size_in_bytes=5 << 20,
-        alias_size_in_bytes=1 << 20,
-    )
-    line = report.memory_line(SimpleNamespace(memory_analysis=lambda: fake))
-    assert "9.0 MB = " in line and "(1.0 MB in the arguments' place)" in line
-
-    def refuse():
-        raise NotImplementedError
-
-    for silent in (refuse, lambda: None):
-        line = report.memory_line(SimpleNamespace(memory_analysis=silent))
-        assert "does not tell" in line
 
 
 # --- Pictures ------------------------------------------------------------------------

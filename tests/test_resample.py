@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import layers, resample
+from unet_jax import layers, resample, sharding
+from unet_jax.compiled import collectives
 
 
 def _random(rng, *shape):
@@ -74,6 +75,37 @@ def test_aligned_upsampling_equals_interpolation_between_the_corners(rng, size):
         )
     out = resample.linear_aligned(x, (2,) * len(size))
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((4, 6), (2, 2)), ((1, 5), (2, 3)), ((2, 9), (5, 1)), ((3, 2, 4), (3, 2, 4))],
+)
+@pytest.mark.parametrize("how", ["linear", "linear_aligned"])
+def test_interpolation_is_a_product_with_hats(rng, how, size, stride):
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((2, *size, 3)))
+
+        def hats(x):
+            for axis, (n, factor) in enumerate(zip(size, stride, strict=True), 1):
+                at = {
+                    "linear": (np.arange(factor * n) + 0.5) / factor - 0.5,
+                    "linear_aligned": np.linspace(0, n - 1, factor * n),
+                }[how].clip(0, n - 1)
+                weights = 1 - np.abs(at[:, None] - np.arange(n)).clip(0, 1)
+                x = jnp.moveaxis(jnp.tensordot(weights, x, ((1,), (axis,))), 0, axis)
+            return x
+
+        shape = (2, *(n * s for n, s in zip(size, stride, strict=True)), 3)
+        g = jnp.asarray(rng.standard_normal(shape))
+
+        @partial(jax.jit, static_argnums=0)
+        def both(function, x):
+            y, back = jax.vjp(function, x)
+            return y, back(g)
+
+        ours = both(partial(getattr(resample, how), stride=stride), x)
+        chex.assert_trees_all_close(ours, both(hats, x), rtol=0, atol=1e-12)
 
 
 def test_nearest_upsampling_repeats(rng):
@@ -229,6 +261,57 @@ def test_a_short_one_lacks_the_last_pixels(rng, kernel, stride):
     np.testing.assert_allclose(y, expected, atol=1e-12)
 
 
+def _dilated(x, kernel, stride, *, short):
+    """A transposed convolution as lax has it: zeros between the pixels."""
+    taps = kernel.shape[:-2]
+    pads = []
+    for size, s in zip(taps, stride, strict=True):
+        before, centre = size - 1 - (size - 1) // 2, (size - 1) // 2
+        pads.append((before, before + (0 if short else s + 2 * centre - size)))
+    space = "DHW"[3 - len(taps) :]
+    return jax.lax.conv_general_dilated(
+        x,
+        jnp.flip(kernel, range(len(taps))),
+        (1,) * len(taps),
+        pads,
+        lhs_dilation=stride,
+        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+    )
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "stride"),
+    [
+        # Every kernel of 2 to 5 with every stride of 1 to 3.
+        ((2, 5), (1, 3)),
+        ((3, 4), (1, 2)),
+        ((4, 3), (1, 3)),
+        ((5, 2), (1, 2)),
+        ((2, 5), (3, 2)),
+        ((3, 4), (2, 3)),
+        ((2, 5, 3), (2, 3, 1)),
+    ],
+)
+def test_a_wide_up_convolution_is_that_of_a_dilated_input(rng, kernel, stride, short):
+    module = resample.WideUpConv(
+        2, stride, kernel, short=short, use_bias=False, dtype=jnp.float64
+    )
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((2, *(4, 3, 2)[: len(kernel)], 3)))
+        w = jnp.asarray(rng.standard_normal((*kernel, 3, 2)))
+        g = jnp.asarray(rng.standard_normal(_dilated(x, w, stride, short=short).shape))
+
+        @partial(jax.jit, static_argnums=0)
+        def both(function, *given):
+            y, back = jax.vjp(function, *given)
+            return y, back(g)
+
+        ours = both(lambda x, w: module.apply({"params": {"kernel": w}}, x), x, w)
+        expected = both(partial(_dilated, stride=stride, short=short), x, w)
+        chex.assert_trees_all_close(ours, expected, rtol=0, atol=1e-12)
+
+
 def test_a_wide_up_convolution_of_its_strides_size_is_the_plain_one(rng):
     x = rng.standard_normal((1, 3, 2, 4))
     wide = resample.WideUpConv(5, (2, 2), (2, 2), dtype=jnp.float64)
@@ -283,3 +366,61 @@ def test_dense_then_bilinear_only_where_channels_change(rng, new):
     assert not params
     expected = _interpolated(x, new or (6, 6), "linear_aligned")
     np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+# --- Over devices --------------------------------------------------------------------
+
+
+class _Up(nn.Module):
+    """An interpolation, as a module without parameters."""
+
+    method: resample.Method
+    stride: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        return self.method(x, self.stride)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        _Up(resample.linear, (2, 2)),
+        _Up(resample.linear_aligned, (3, 2)),
+        resample.WideUpConv(4, (2, 2), (3, 3)),
+        resample.WideUpConv(4, (2, 2, 2), (3, 3, 3)),
+    ],
+)
+def test_of_maps_over_devices_only_borders_move(rng, module):
+    x = _random(rng, 2, *(8, 6, 4)[: len(module.stride)], 3)
+    variables = module.init(jax.random.key(0), x)
+    mesh = sharding.make_mesh(1, 2)
+    whole, rows = sharding.replicated(mesh), sharding.split(mesh, x.ndim)
+
+    def loss(variables, x):
+        return jnp.sum(jnp.sin(module.apply(variables, x)))
+
+    def compiled_for(fn, out):
+        within = jax.jit(
+            sharding.within(mesh, fn), in_shardings=(whole, rows), out_shardings=out
+        )
+        program = within.lower(variables, x).compile()
+        return program, collectives(program.as_text())
+
+    def placed():
+        return jax.device_put(variables, whole), jax.device_put(x, rows)
+
+    program, found = compiled_for(module.apply, rows)
+    assert set(found) == {"collective-permute"}
+    chex.assert_trees_all_close(
+        jax.device_get(program(*placed())), module.apply(variables, x), atol=1e-5
+    )
+    program, found = compiled_for(jax.grad(loss, (0, 1)), (whole, rows))
+    # Sums are of the gradients of parameters.
+    learnt = {"all-reduce"} if variables else set()
+    assert set(found) == {"collective-permute"} | learnt
+    chex.assert_trees_all_close(
+        jax.device_get(program(*placed())),
+        jax.grad(loss, (0, 1))(variables, x),
+        atol=1e-4,
+    )

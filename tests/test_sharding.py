@@ -9,11 +9,11 @@ from unet_jax.types import InputError
 
 def test_prefetch_keeps_order_and_places_rows_over_the_devices():
     mesh = sharding.make_mesh()
-    assert mesh.shape == {"data": 2}
+    assert mesh.shape == {"data": 2, "space": 1}
     batches = [{"image": np.full((4, 2), i, np.uint8)} for i in range(5)]
     placed = list(sharding.prefetch(iter(batches), mesh))
     assert [int(b["image"][0, 0]) for b in placed] == [0, 1, 2, 3, 4]
-    assert placed[0]["image"].sharding.is_equivalent_to(sharding.split(mesh), 2)
+    assert placed[0]["image"].sharding.is_equivalent_to(sharding.split(mesh, 2), 2)
     shards = placed[0]["image"].addressable_shards
     assert [s.data.shape for s in shards] == [(2, 2), (2, 2)]
 

@@ -19,7 +19,9 @@ from PIL import Image
 
 import train
 from configs import default
+from unet_jax.books import Books
 from unet_jax.checkpoint import Checkpoints, load_for_inference
+from unet_jax.log import Meter
 from unet_jax.types import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -97,12 +99,12 @@ def test_a_run_leaves_everything_and_goes_on_bit_for_bit(tmp_path, capsys):
 
     # The first run dies inside step 5, after the save of step 4.
     with pytest.MonkeyPatch.context() as patch:
-        taken = train.Meter.add
+        taken = Meter.add
 
         def add(self, step, stats):
             return stop_at_five() if step == 5 else taken(self, step, stats)
 
-        patch.setattr(train.Meter, "add", add)
+        patch.setattr(Meter, "add", add)
         with pytest.raises(KeyboardInterrupt):
             train.train_and_evaluate(_config(**changes), parts)
     assert train.train_and_evaluate(_config(**changes), parts) == results
@@ -135,14 +137,14 @@ def test_early_stopping_and_plateau_survive_a_restart(tmp_path, capsys):
     # The first is the best; two more are one too many for a patience of 1, twice.
     assert text.count("plateau: the learning rate is now scaled") == 2
     with pytest.MonkeyPatch.context() as patch:
-        taken = train.assess
+        taken = Books.assess
 
-        def assess(run, workdir, log, state, step, progress):
+        def assess(self, state, step):
             if step == 4:
                 raise KeyboardInterrupt
-            return taken(run, workdir, log, state, step, progress)
+            taken(self, state, step)
 
-        patch.setattr(train, "assess", assess)
+        patch.setattr(Books, "assess", assess)
         with pytest.raises(KeyboardInterrupt):
             train.train_and_evaluate(_config(**changes), parts)
     train.train_and_evaluate(_config(**changes), parts)
@@ -398,7 +400,8 @@ def test_of_a_flag_given_twice_the_last_wins(monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks there for overrides
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # how ml_collections loads a file
-        config, workdir = train.parse(argv)
+        command = train.parse(argv)
+    config, workdir = command.config, command.workdir
     assert config["model"]["features"] == (4, 8, 16)
     assert config["train"]["steps"] == 3 and workdir is None
 

@@ -30,6 +30,8 @@ from unet_jax.training import TrainState
 from unet_jax.types import InputError, PyTree, Task
 
 FORMAT = 2
+MEMBERS = "members.json"
+"""which workdirs a workdir of folds or seeds has (`unet_jax.members`)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,3 +441,12 @@ def load_for_inference(
         meta = checkpoints.read_meta(step)
         variables = checkpoints.restore_variables(step, meta)
     return meta.build_model(), variables, meta, step
+
+
+def members_of(workdir: str | os.PathLike[str]) -> list[Path]:
+    """The workdirs of the nets of a workdir: itself, or those of folds or seeds."""
+    path = Path(workdir)
+    index = path / MEMBERS
+    if not index.is_file():
+        return [path]
+    return [path / name for name in json.loads(index.read_text())["members"]]

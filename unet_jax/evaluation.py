@@ -14,7 +14,7 @@ from unet_jax import metrics, sharding
 from unet_jax.layers import crop
 from unet_jax.models import UNet
 from unet_jax.normalisation import Stats, normalise
-from unet_jax.training import any_weight, fit
+from unet_jax.training import any_weight, fit, trim
 from unet_jax.types import Array, Batch, LossFn, NumpyArray, PyTree, Task, choose
 
 
@@ -25,7 +25,7 @@ def make_eval_step(
     task: Task,
     stats: Stats,
     threshold: float = 0.5,
-) -> Callable[[PyTree, Batch], dict[str, Array]]:
+) -> Callable[[PyTree, Batch], dict[str, Any]]:
     """The evaluation step.
 
     Args:
@@ -36,38 +36,49 @@ def make_eval_step(
         threshold: The probability from which a label counts as predicted.
 
     Returns:
-        ``(variables, batch) -> stats``, one row an example: ``loss`` f32[B],
-        ``counted`` f32[B] (1 where anything has weight), ``confusion`` i32[B, ...], and
-        ``prediction``, i32 like the label. The host drops rows of index -1, adds, and
-        divides once.
+        ``(variables, batch) -> stats``, one row an example: ``index`` i32[B], ``loss``
+        f32[B], ``counted`` f32[B] (1 where anything has weight), ``confusion``
+        i32[B, ...], and ``shown``: ``image``, ``label``, ``weight`` and ``prediction``
+        (i32 like the label), all of the logits' size. The host drops rows of index -1,
+        adds, and divides once.
     """
 
-    def step(variables: PyTree, batch: Batch) -> dict[str, Array]:
-        image = normalise(batch["image"], stats)
-        logits, _ = model.apply(variables, image, train=False)
-        label, weight = fit(
-            {"label": batch["label"].astype(np.int32), "weight": batch["weight"]},
-            logits,
-        )
+    def step(variables: PyTree, batch: Batch) -> dict[str, Any]:
+        cut = trim(model, batch)
+        image = normalise(cut["image"], stats)
+        logits, _ = model.apply(sharding.gather(variables), image, train=False)
+        label, weight = fit({**cut, "label": cut["label"].astype(np.int32)}, logits)
         counts = metrics.confusion(
             logits, label, weight, task=task, threshold=threshold
         )
         return {
+            "index": batch["index"],
             "loss": loss_fn(logits, label, weight),
             "counted": any_weight(weight),
             "confusion": counts,
-            "prediction": metrics.decide(logits, task=task, threshold=threshold),
+            "shown": {
+                "image": crop(cut["image"], logits.shape[1:-1]),
+                "label": label,
+                "weight": weight,
+                "prediction": metrics.decide(logits, task=task, threshold=threshold),
+            },
         }
 
     return step
 
 
 def jit_eval_step(
-    step: Callable[[PyTree, Any], dict[str, Array]], mesh: jax.sharding.Mesh
-) -> Callable[[PyTree, Any], dict[str, Array]]:
-    """`make_eval_step`'s function compiled for a mesh: rows split, the rest whole."""
-    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
-    return jax.jit(step, in_shardings=(whole, rows), out_shardings=whole)
+    step: Callable[[PyTree, Any], dict[str, Any]], mesh: jax.sharding.Mesh
+) -> Callable[[PyTree, Any], dict[str, Any]]:
+    """`make_eval_step`'s function compiled for a mesh.
+
+    The figures are whole on every device, and what is shown stays where it is.
+    """
+    whole = sharding.replicated(mesh)
+    figures = dict.fromkeys(("index", "loss", "counted", "confusion"), whole)
+    return jax.jit(
+        sharding.within(mesh, step), out_shardings={**figures, "shown": None}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +118,9 @@ def evaluate(
 
     Args:
         eval_step: A jitted `make_eval_step`.
-        variables: The model's.
-        batches: Host batches (`unet_jax.data.batches.eval_batches`).
+        variables: The model's, on the mesh.
+        batches: Host batches (`unet_jax.data.batches.eval_batches`), this process's
+            rows of them. All processes evaluate together.
         mesh: Where they are placed.
         task: ``classes`` or ``labels``.
         label_names: One a channel of the logits.
@@ -118,22 +130,17 @@ def evaluate(
     index, confusion, loss, counted = [], [], [], []
     kept: list[dict[str, NumpyArray]] = []
     for batch in batches:
-        real = np.asarray(batch["index"]) >= 0
         out = eval_step(variables, sharding.place(batch, mesh))
-        index.append(np.asarray(batch["index"])[real])
-        confusion.append(np.asarray(out["confusion"])[real].astype(np.int64))
-        loss.append(np.asarray(out["loss"])[real].astype(np.float64))
-        counted.append(np.asarray(out["counted"])[real] > 0)
+        figures = {k: np.asarray(v) for k, v in out.items() if k != "shown"}
+        real = figures["index"] >= 0
+        index.append(figures["index"][real])
+        confusion.append(figures["confusion"][real].astype(np.int64))
+        loss.append(figures["loss"][real].astype(np.float64))
+        counted.append(figures["counted"][real] > 0)
         rows = np.flatnonzero(real)[: keep - len(kept)]
-        predictions = np.asarray(out["prediction"]) if len(rows) else np.empty(0)
-        for row in rows:
-            prediction = predictions[row]
-            size = prediction.shape[: batch["image"].ndim - 2]
-            example: dict[str, NumpyArray] = {
-                name: crop(np.asarray(batch[name][row]), size, axis=0)
-                for name in ("image", "label", "weight")
-            }
-            kept.append({**example, "prediction": prediction})
+        if len(rows):
+            shown = sharding.fetch(out["shown"])
+            kept += [{name: x[row] for name, x in shown.items()} for row in rows]
     order = np.argsort(np.concatenate(index), kind="stable")
     counts = np.concatenate(confusion)[order]
     some = np.concatenate(counted)[order]

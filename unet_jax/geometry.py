@@ -154,6 +154,7 @@ class Axis(NamedTuple):
         valid: Whether convolutions lose their border.
         nested: Whether the decoder is the grid of UNet++ and each of its nodes sees all
             earlier ones of its row.
+        parts: How many devices share the axis, which matters to `pads` alone.
 
     What a cell of a map sees is what convolutions, pooling, interpolation, skips and
     attention gates carry to it. What takes a whole map into account (the statistics of
@@ -165,6 +166,7 @@ class Axis(NamedTuple):
     head: int = 1
     valid: bool = False
     nested: bool = False
+    parts: int = 1
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -248,16 +250,29 @@ class Axis(NamedTuple):
     def pads(self, size: int) -> tuple[int, int]:
         """Pixels to mirror before and after, so that the output covers ``size``.
 
-        The padded size is a multiple of `step` (plus a constant if valid).
+        The padded size is a multiple of `step` (plus a constant if valid), and of as
+        many `step` as there are `parts`. A size of a valid net need not divide over
+        them: it is one that `fitting` finds again among a few more pixels.
         """
         step = self.step
         if not self.valid:
+            step *= self.parts
             return 0, (size + step - 1) // step * step - size
         # Outputs that exist are those congruent to one of them modulo step.
         edge = self.margin
         first = next(self.working_sizes(1)) - 2 * edge
         out = first + max((size - first + step - 1) // step, 0) * step
+        while (found := self.fitting(out + 2 * edge)) != out + 2 * edge:
+            out = found - 2 * edge
         return edge, edge + out - size
+
+    def fitting(self, size: int) -> int:
+        """The largest size that the net works at once ``size`` is filled up.
+
+        Filled up to a multiple of `parts`, over which an array has to divide.
+        """
+        filled = size + -size % self.parts
+        return next((n for n in range(filled, 0, -1) if self.out(n)), size)
 
     def seen_down(self) -> list[tuple[int, int]]:
         """(receptive field, pixels from one output to the next) of each level's map."""

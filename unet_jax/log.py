@@ -198,12 +198,22 @@ class RunLog:
         resume_step: The step that the run goes on from, 0 for a new one. Rows of later
             steps, left by a run that was killed, are cut from the CSV files and hidden
             in TensorBoard.
+        silent: Write nothing at all: another process writes this log.
 
     Raises:
         InputError: The disk is full. So do all methods.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int) -> None:
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        resume_step: int,
+        silent: bool = False,
+    ) -> None:
+        self._silent = silent
+        if silent:
+            return
         folder = Path(workdir)
         self._tables = {
             kind: _Table(folder / f"{kind}.csv", resume_step=resume_step)
@@ -220,6 +230,8 @@ class RunLog:
             values: Name to number. The first row names the columns; a name that comes
                 later adds one, and a name that is missing leaves its cell empty.
         """
+        if self._silent:
+            return
         numbers = {name: float(value) for name, value in values.items()}
         self._tables[kind].append(step, numbers)
         self._events.scalars(step, {f"{kind}/{k}": v for k, v in numbers.items()})
@@ -231,11 +243,13 @@ class RunLog:
             step: Updates done.
             path: The file.
         """
-        self._events.image(step, "evaluation/picture", Path(path))
+        if not self._silent:
+            self._events.image(step, "evaluation/picture", Path(path))
 
     def close(self) -> None:
         """Closes the event file; nothing is written afterwards."""
-        self._events.close()
+        if not self._silent:
+            self._events.close()
 
 
 class Meter:
@@ -262,7 +276,7 @@ class Meter:
         self._begin += time.perf_counter() - begin
 
     def add(self, step: int, stats: Any) -> None:
-        """Takes a step's sums; reads those of a few steps ago."""
+        """Takes the sums of the steps up to ``step``; reads those of a while ago."""
         self._pending.append((step, stats))
         while len(self._pending) > 4:
             self._read(*self._pending.popleft())
@@ -273,19 +287,24 @@ class Meter:
             self._read(*self._pending.popleft())
 
     def _read(self, step: int, stats: Any) -> None:
-        loss, count, norm = (float(stats[k]) for k in ("loss", "count", "grad_norm"))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise InputError(
-                f"the loss is {loss} and the gradient's norm {norm} at step {step}:"
-                f" the run stops, and {self._workdir} keeps the last good checkpoint;"
-                " try a smaller optim.learning_rate or optim.clip=1 in a new --workdir,"
-                " or look for images with extreme values."
-            )
-        self._loss, self._count, self._grad_norm = (
-            self._loss + loss,
-            self._count + count,
-            norm,
+        # One number each, or one for each step of a call.
+        losses, counts, norms = (
+            np.atleast_1d(np.asarray(stats[k])).astype(np.float64)
+            for k in ("loss", "count", "grad_norm")
         )
+        bad = ~(np.isfinite(losses) & np.isfinite(norms))
+        if bad.any():
+            first = int(bad.argmax())
+            raise InputError(
+                f"the loss is {losses[first]} and the gradient's norm {norms[first]} at"
+                f" step {step + first + 1 - len(bad)}: the run stops, and"
+                f" {self._workdir} keeps the last good checkpoint; try a smaller"
+                " optim.learning_rate or optim.clip=1 in a new --workdir, or look for"
+                " images with extreme values."
+            )
+        self._loss += float(losses.sum())
+        self._count += float(counts.sum())
+        self._grad_norm = float(norms[-1])
 
     def take(self) -> dict[str, float]:
         """Loss (mean over examples), gradient norm (the last step's) and speed.

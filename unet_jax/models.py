@@ -117,6 +117,9 @@ class UNet(nn.Module):
         dtype: ``float32`` or ``bfloat16`` for convolutions; parameters, statistics,
             the head and the logits are float32 always. (``float64`` is for tests, with
             x64 and parameters of that type.)
+        axis_name: The axis of a `jax.pmap` over whose devices batch statistics are
+            taken. `unet_jax.training.make_pmap_train_step` sets it; under ``jit`` on a
+            mesh they are those of the whole batch without it.
 
     Reference: Ronneberger et al. 2015, arXiv 1505.04597; `MODELS` has the others.
     """
@@ -158,6 +161,7 @@ class UNet(nn.Module):
     level: int | None = None
     remat: int = 0
     dtype: str = "float32"
+    axis_name: str | None = None
 
     @property
     def depth(self) -> int:
@@ -261,7 +265,12 @@ def _parts(model: UNet, rank: int, *, train: bool) -> _Parts:
     kit = Kit(
         conv=conv_factory(padding=model.padding, use_bias=bias, init=init, dtype=dtype),
         dense=dense,
-        norm=norm_factory(model.norm, train=train, groups=model.norm_groups),
+        norm=norm_factory(
+            model.norm,
+            train=train,
+            groups=model.norm_groups,
+            axis_name=model.axis_name,
+        ),
         act=act_factory(model.act, slope=model.act_slope),
         excite=excite_factory(chosen(EXCITES, model.excite, "excite"), dense),
         up_conv=partial(
@@ -407,16 +416,44 @@ def margin(model: UNet, rank: int) -> Shape:
     return tuple(along.margin for along in axes(model, rank))
 
 
-def covering_axes(model: UNet, rank: int) -> tuple[Axis, ...]:
+def covering_axes(model: UNet, rank: int, *, space: int = 1) -> tuple[Axis, ...]:
     """The axes by which whole images are padded: those of the net.
 
     But of the whole net, if one with padded convolutions is cut off at a level: then
     its output is that of the whole net's head also at the border.
+
+    Args:
+        model: The net.
+        rank: Spatial axes.
+        space: How many devices share the first axis.
     """
-    return axes(model if model.padding == "valid" else model.clone(level=None), rank)
+    whole = model if model.padding == "valid" else model.clone(level=None)
+    first, *others = axes(whole, rank)
+    parts = space * coarsest_rows(model) if space > 1 else 1
+    return first._replace(parts=parts), *others
 
 
-def pads(model: UNet, size: Sequence[int]) -> Pads:
+def coarsest_rows(model: UNet) -> int:
+    """The fewest rows of the coarsest map that a device of several can work on.
+
+    One, and two where convolutions see their map mirrored: for the gradient of a
+    kernel, XLA gathers all rows where each device has only one to mirror from.
+    """
+    return 2 if model.padding == "reflect" else 1
+
+
+def fitting_rows(model: UNet, rows: int, rank: int) -> int:
+    """The largest size up to ``rows`` that a net works at along its first axis.
+
+    Args:
+        model: The net.
+        rows: A size.
+        rank: Spatial axes.
+    """
+    return axis(model, 0, rank).fitting(rows)
+
+
+def pads(model: UNet, size: Sequence[int], *, space: int = 1) -> Pads:
     """The mirror padding with which the net's output covers an image of any size.
 
     Everything that runs a net on whole images (evaluate, predict, export) pads by this,
@@ -428,11 +465,12 @@ def pads(model: UNet, size: Sequence[int]) -> Pads:
         model: The net.
         size: The image's spatial size, at least 1 along each axis. May be symbolic
             dimensions of `jax.export` unless ``padding="valid"``.
+        space: How many devices share the first axis, see `unet_jax.geometry.Axis`.
 
     Returns:
         Pixels to mirror (before, after) along each axis.
     """
-    along = covering_axes(model, len(size))
+    along = covering_axes(model, len(size), space=space)
     return tuple(a.pads(n) for a, n in zip(along, size, strict=True))
 
 

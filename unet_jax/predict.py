@@ -3,7 +3,8 @@
     predictor = unet_jax.Predictor("runs/cells")
     label, probability = predictor(image)
 
-A workdir is all it needs, or several, whose probabilities are averaged. The image is
+A workdir is all it needs, or several, or one of folds or seeds, whose probabilities are
+averaged. The image is
 mirrored, run and cut exactly as in evaluation (`unet_jax.models.pads`), so its numbers
 are those of the evaluation. `unet_jax.tiles` bounds the memory, `unet_jax.tta` averages
 over views of the image, and `unet_jax.predict_files` does it all for files.
@@ -22,12 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax import models, tiles, tta
-from unet_jax.checkpoint import Meta, load_for_inference
+from unet_jax import models, sharding, tiles, tta
+from unet_jax.checkpoint import Meta, load_for_inference, members_of
 from unet_jax.data.images import stored, to_channels
 from unet_jax.layers import per_axis
 from unet_jax.models import UNet
 from unet_jax.normalisation import Stats, normalise, standardise
+from unet_jax.training import trim
 from unet_jax.types import Array, InputError, NumpyArray, PyTree, Shape, Task, choose
 
 _LOG = logging.getLogger("unet_jax")
@@ -71,6 +73,8 @@ def make_probability_fn(
 ) -> Callable[[PyTree, Array], Array]:
     """The pure function behind a prediction, to be jitted.
 
+    On a mesh (`unet_jax.sharding.within`), the images may be split over devices.
+
     Args:
         model: The net.
         task: ``classes`` or ``labels``.
@@ -82,6 +86,7 @@ def make_probability_fn(
     squash = jax.nn.softmax if task == "classes" else jax.nn.sigmoid
 
     def probability(variables: PyTree, image: Array) -> Array:
+        image = trim(model, {"image": image})["image"]
         logits, _ = model.apply(variables, normalise(image, stats), train=False)
         return squash(logits.astype(jnp.float32))
 
@@ -127,6 +132,11 @@ class Predictor:
         tta: Test-time augmentation: ``none``, ``flips``, ``symmetries`` or
             ``rotations`` (`unet_jax.tta`).
         batch_size: Tiles, or views of an image, run together.
+        mesh: The devices that share the work (`unet_jax.sharding.make_mesh`): every
+            image or tile is split over ``space`` along its first axis, so that one
+            that no device has the memory for is predicted as a whole, and a batch over
+            ``data``. The image is then mirrored up to ``space`` times the multiple that
+            one device needs. None: the first device alone.
 
     Attributes:
         nets: The nets.
@@ -156,13 +166,14 @@ class Predictor:
         blend: str = "gaussian",
         tta: str = "none",
         batch_size: int = 1,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        several = not isinstance(workdir, str | os.PathLike)
+        one = isinstance(workdir, str | os.PathLike)
         nets = [
             Net(*load_for_inference(path, which=which), name=os.fspath(path))
-            for path in (workdir if several else [workdir])
+            for path in (members_of(workdir) if one else workdir)
         ]
-        self._set(nets, tile, overlap, blend, tta, batch_size)
+        self._set(nets, tile, overlap, blend, tta, batch_size, mesh)
 
     @classmethod
     def from_model(
@@ -178,7 +189,7 @@ class Predictor:
 
         Args:
             model, variables, meta, step: As in `Net`.
-            **options: ``tile`` to ``batch_size``, as for the class.
+            **options: ``tile`` to ``mesh``, as for the class.
         """
         return cls.from_nets([Net(model, variables, meta, step)], **options)
 
@@ -192,15 +203,16 @@ class Predictor:
         blend: str = "gaussian",
         tta: str = "none",
         batch_size: int = 1,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> "Predictor":
         """A predictor of nets in memory; see the class for the options.
 
         Args:
             nets: At least one.
-            tile, overlap, blend, tta, batch_size: As for the class.
+            tile, overlap, blend, tta, batch_size, mesh: As for the class.
         """
         self = cls.__new__(cls)
-        self._set(nets, tile, overlap, blend, tta, batch_size)
+        self._set(nets, tile, overlap, blend, tta, batch_size, mesh)
         return self
 
     def _set(
@@ -211,6 +223,7 @@ class Predictor:
         blend: str,
         kind: str,
         batch_size: int,
+        mesh: jax.sharding.Mesh | None,
     ) -> None:
         _check_alike(nets)
         meta = nets[0].meta
@@ -222,8 +235,9 @@ class Predictor:
                 " of at least 1."
             )
         choose(tiles.BLENDS, blend, "blend =")
+        where = None if mesh is None else sharding.replicated(mesh)
         self.nets = tuple(
-            net._replace(variables=jax.device_put(net.variables)) for net in nets
+            net._replace(variables=jax.device_put(net.variables, where)) for net in nets
         )
         self.model, self.variables, _, self.step, _ = self.nets[0]
         thresholds = [net.meta.threshold for net in nets]
@@ -233,14 +247,16 @@ class Predictor:
         self.meta, self.tta = meta, kind
         self._views = tta.views(kind, meta.rank)
         self._tiling = tiles.Tiling(size, overlap, blend, batch_size)
-        self._axes = [models.covering_axes(net.model, meta.rank) for net in nets]
-        self._runs = [
-            jax.jit(
-                make_probability_fn(
-                    net.model, task=meta.task, stats=net.meta.normalisation
-                )
-            )
+        space = 1 if mesh is None else mesh.shape["space"]
+        self._axes = [
+            models.covering_axes(net.model, meta.rank, space=space) for net in nets
+        ]
+        functions = [
+            make_probability_fn(net.model, task=meta.task, stats=net.meta.normalisation)
             for net in nets
+        ]
+        self._runs = [
+            jax.jit(fn) if mesh is None else _over(mesh, fn) for fn in functions
         ]
         if blend == "exact" and any(size):
             for net in self.nets:
@@ -417,6 +433,23 @@ class Predictor:
             total += tta.turn_back(whole, angle, size)
         total /= np.float32(len(tta.ANGLES))
         return total
+
+
+def _over(
+    mesh: jax.sharding.Mesh, fn: Callable[[PyTree, Array], Array]
+) -> Callable[[PyTree, NumpyArray], Array]:
+    """``fn``, jitted, of images that are split over a mesh."""
+    compiled = jax.jit(sharding.within(mesh, fn))
+
+    def run(variables: PyTree, images: NumpyArray) -> Array:
+        rows = len(images)
+        missing = sharding.round_up(mesh, rows) - rows
+        if missing:
+            images = np.pad(images, [(0, missing), *[(0, 0)] * (images.ndim - 1)])
+        out = compiled(variables, sharding.place(images, mesh))
+        return out[:rows] if missing else out
+
+    return run
 
 
 def _check_alike(nets: Sequence[Net]) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows of itself: its net as a table, its memory, pictures and curves."""
+"""What a run shows of itself: its net as a table, pictures and curves."""
 
 import io
 import math
@@ -24,7 +24,6 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "curves",
-    "memory_line",
     "model_table",
     "picture",
 ]
@@ -238,33 +237,6 @@ def model_table(
         f" {_size(image.shape[1:])}, a multiply-add counted as 2"
     )
     return "\n".join(lines)
-
-
-def memory_line(compiled: Any) -> str:
-    """What a compiled step needs of each device's memory, as one line.
-
-    Args:
-        compiled: What ``jax.jit(step).lower(...).compile()`` gives.
-
-    Returns:
-        Megabytes (2^20 bytes) of arguments, outputs and temporaries.
-    """
-    try:
-        stats = compiled.memory_analysis()
-    except (NotImplementedError, jax.errors.JaxRuntimeError):
-        stats = None
-    if stats is None:
-        return "memory of the compiled step: this backend does not tell"
-    given, out, temporary, reused = (
-        getattr(stats, f"{kind}_size_in_bytes") / 2**20
-        for kind in ("argument", "output", "temp", "alias")
-    )
-    shared = f" ({reused:.1f} MB in the arguments' place)" if reused else ""
-    return (
-        f"memory of the compiled step, a device: {given + out + temporary - reused:.1f}"
-        f" MB = arguments {given:.1f} MB + outputs {out:.1f} MB{shared}"
-        f" + temporaries {temporary:.1f} MB"
-    )
 
 
 # --- Curves --------------------------------------------------------------------------

@@ -5,16 +5,20 @@ goes to the builder of the same name as keyword arguments.
 """
 
 import dataclasses
-import operator
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from unet_jax import (
     augment,
+    budget,
+    compiled,
     data,
+    feasible,
     losses,
     models,
     normalisation,
@@ -30,8 +34,16 @@ from unet_jax.evaluation import (
     jit_eval_step,
     make_eval_step,
 )
-from unet_jax.training import TrainState, init_state, make_train_step
-from unet_jax.types import InputError, Shape, choose, size_text
+from unet_jax.normalisation import Stats
+from unet_jax.training import (
+    Step,
+    TrainState,
+    init_state,
+    make_pmap_train_step,
+    make_train_step,
+    several,
+)
+from unet_jax.types import Batch, InputError, choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +60,26 @@ class Run:
     init: Any  # () -> TrainState, all of it initialised
     train_step: Any  # (state, batch) -> (state, stats), jitted
     eval_step: Any  # (variables, batch) -> stats, jitted
+    shapes: TrainState  # of the state, with where each part of it lies
+    step_with: Any  # normalisation -> one training step of one batch, not jitted
+    evaluation_with: Any  # normalisation -> the evaluation step, not jitted
+
+    @property
+    def steps_per_call(self) -> int:
+        """Training steps that a call of ``train_step`` makes."""
+        return self.config["train"].get("steps_per_call", 1)
 
     def begin(self) -> TrainState:
         """The state at step 0, with the weights that the config names."""
         state = self.init()
-        return transfer.into(state, self.start.variables) if self.start else state
+        if self.start is None:
+            return state
+        state = transfer.into(state, self.start.variables)
+        where = jax.tree.map(lambda x: x.sharding, self.shapes)
+        return jax.device_put(state, where)
 
-    def train_batches(self, start: int) -> Iterator[Any]:
-        """Host batches from step ``start`` on."""
+    def train_batches(self, start: int) -> Iterator[Batch]:
+        """A batch a step from step ``start`` on, this process's rows of it."""
         train = self.config["train"]
         return data.train_batches(
             self.dataset.train,
@@ -64,16 +88,64 @@ class Run:
             crop=train["crop"],
             margin=models.margin(self.model, self.dataset.rank),
             start=start,
+            rows=sharding.own_rows(self.mesh, train["batch_size"]),
         )
+
+    def batch_shapes(self) -> Any:
+        """What ``train_step`` takes, as shapes with where they lie; reads one crop."""
+        train, mesh = self.config["train"], self.mesh
+        rows, count = train["batch_size"], self.steps_per_call
+        one = next(
+            data.train_batches(
+                self.dataset.train,
+                seed=0,
+                batch_size=1,
+                crop=train["crop"],
+                margin=models.margin(self.model, self.dataset.rank),
+                threads=0,
+            )
+        )
+        pmap = self.config.get("mesh", {}).get("pmap", False)
+
+        def shape(x: Any) -> jax.ShapeDtypeStruct:
+            size = (rows, *x.shape[1:])
+            if x.ndim > 1:
+                space = mesh.shape["space"]
+                size = (rows, x.shape[1] + -x.shape[1] % space, *x.shape[2:])
+            if pmap:
+                size = (mesh.size, rows // mesh.size, *size[1:])
+            stacked = count > 1
+            size = (count, *size) if stacked else size
+            at = sharding.split(mesh, len(size), stacked=stacked)
+            return jax.ShapeDtypeStruct(size, x.dtype, sharding=at)
+
+        return jax.tree.map(shape, one)
+
+    def costs(self) -> compiled.Costs:
+        """What a training step costs each device; compiles it."""
+        program = self.train_step.lower(self.shapes, self.batch_shapes()).compile()
+        return compiled.costs(program)
+
+    def placed_batches(self, start: int) -> Iterator[Any]:
+        """What ``train_step`` takes, from step ``start`` on, on the mesh."""
+        batches: Iterator[Any] = self.train_batches(start)
+        stacked, mesh = self.steps_per_call > 1, self.mesh
+        if stacked:
+            batches = _stacked(batches, self.steps_per_call)
+        if self.config.get("mesh", {}).get("pmap", False):
+            batches = map(partial(_dealt, devices=mesh.size), batches)
+        return sharding.prefetch(batches, mesh, stacked=stacked)
 
     def evaluate(self, state: TrainState, *, keep: int = 0) -> Evaluation:
         """Evaluates the evaluation split, whole images."""
+        batch_size = sharding.round_up(
+            self.mesh, self.config["train"]["eval_batch_size"]
+        )
         batches = data.eval_batches(
             self.dataset.evaluation,
-            batch_size=sharding.round_up(
-                self.mesh, self.config["train"]["eval_batch_size"]
-            ),
-            pads=partial(models.pads, self.model),
+            batch_size=batch_size,
+            pads=partial(models.pads, self.model, space=self.mesh.shape["space"]),
+            rows=sharding.own_rows(self.mesh, batch_size),
         )
         return evaluate(
             self.eval_step,
@@ -86,46 +158,32 @@ class Run:
         )
 
 
-def check(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
-    """Refuses what cannot work, before any data is read."""
-    train = config["train"]
-    for name in ("steps", "batch_size", "accumulate", "eval_batch_size"):
-        if train[name] < 1:
-            raise InputError(f"train.{name} = {train[name]} must be 1 or more.")
-    if not train["crop"] or min(train["crop"]) < 1:
-        raise InputError(
-            f"train.crop = {train['crop']} must be a size of 1 or more an axis."
-        )
-    sharding.check_batch(mesh, train["batch_size"], "train.batch_size")
-    if train["batch_size"] % train["accumulate"]:
-        raise InputError(
-            f"train.accumulate = {train['accumulate']} does not divide"
-            f" train.batch_size = {train['batch_size']}: use a divisor of it."
-        )
-    for key, value in (("over", "batch"), ("normalise", "weights")):
-        if train["accumulate"] > 1 and config["loss"].get(key) == value:
-            raise InputError(
-                f"loss.{key} = {value!r} needs the whole batch at once, and"
-                f" train.accumulate = {train['accumulate']} splits it: use"
-                f" train.accumulate=1 or leave out loss.{key}."
-            )
+def _stacked(batches: Iterator[Batch], count: int) -> Iterator[Any]:
+    """``count`` batches as one, with an axis of steps first."""
+    while group := list(itertools.islice(batches, count)):
+        yield jax.tree.map(lambda *rows: np.stack(rows), *group)
 
 
-def _check_depth(model: models.UNet, crop: Shape) -> None:
-    """Refuses a net that would halve a crop to nothing."""
-    steps = tuple(axis.step for axis in models.axes(model, len(crop)))
-    if model.padding != "valid" and any(map(operator.lt, crop, steps)):
-        raise InputError(
-            f"train.crop = {crop} is too small for a net of {model.depth + 1} levels,"
-            f" whose coarsest map is {size_text(steps)} times smaller: use a crop of"
-            f" at least {steps}, or fewer levels (model.features)."
-        )
+def _dealt(batch: Batch, *, devices: int) -> Any:
+    """``[B, ...]`` -> ``[devices, B / devices, ...]``."""
+    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 
-def _net(
-    config: dict[str, Any], dataset: data.Dataset, stored: Meta | None
-) -> tuple[str, models.UNet, transfer.Start | None, dict[str, Any]]:
+class _Net(NamedTuple):
     """The net by its name, what it starts from, and what it knows of PyTorch."""
+
+    name: str
+    model: models.UNet
+    start: transfer.Start | None
+    torch: dict[str, Any]
+
+    def remade(self, remat: int) -> "_Net":
+        """The same net, recomputing so many levels."""
+        return self._replace(model=self.model.clone(remat=remat))
+
+
+def _net(config: dict[str, Any], dataset: data.Dataset, stored: Meta | None) -> _Net:
+    """The net of a config."""
     fields = dict(config["model"])
     before = None if stored is None else stored.config.get("model", {})
     for key in ("weights", "encoder_weights"):
@@ -146,58 +204,150 @@ def _net(
     image = {"channels": dataset.channels, "rank": dataset.rank}
     if weights and stored is not None:  # the run goes on from its own checkpoint
         model = transfer.again(stored, fields)
-        return stored.model["name"], model, None, stored.torch
+        return _Net(stored.model["name"], model, None, stored.torch)
     if weights:
         start = transfer.start(weights, fields, num_classes=classes, **image)
-        return start.name, start.model, start, start.torch
+        return _Net(start.name, start.model, start, start.torch)
     name = fields["name"]
     model = models.build(**fields, num_classes=classes)
     if not encoder_weights or stored is not None:
-        return name, model, None, {}
+        return _Net(name, model, None, {})
     start = transfer.encoder(model, encoder_weights, **image)
-    return name, model, start, {}
+    return _Net(name, model, start, {})
 
 
 def build(
-    config: dict[str, Any], mesh: jax.sharding.Mesh, stored: Meta | None = None
+    config: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+    stored: Meta | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
 ) -> Run:
-    """Wires a run from a config; reads the data, compiles nothing.
+    """Wires a run from a config; reads the data, compiles nothing that is said.
+
+    ``train.batch_size = 0`` and ``model.remat = -1`` are found by compiling: the
+    largest batch, or the fewest levels to compute again, that fit ``train.memory_gb``
+    or what the device says it has. A run that goes on keeps what was found.
 
     Args:
         config: The sections of ``configs/default.py``, without the keys left at None.
         mesh: Where it runs.
         stored: What the run is if it goes on (`unet_jax.checkpoint.stored_meta`); the
             weights that it started from are then not read.
+        say: Is told what was compiled to find them.
 
     Raises:
         InputError: What cannot work.
     """
-    train = config["train"]
-    check(config, mesh)
-    task = config["task"]
-    loss_fn = losses.build(task=task, **config["loss"])
-    augment_fn = augment.build(**config["augment"])
-    dataset = data.build(task=task, **config["data"])
+    config = _as_found(config, stored)
+    batch_size, remat = config["train"]["batch_size"], config["model"].get("remat", 0)
+    unit = mesh.shape["data"] * max(config["train"]["accumulate"], 1)
+    trial = _with(config, batch_size or unit, max(remat, 0))
+    feasible.check(trial, mesh)
+    dataset = data.build(
+        task=trial["task"],
+        share=(jax.process_index(), jax.process_count()),
+        **trial["data"],
+    )
+    train = trial["train"]
     if len(train["crop"]) != dataset.rank:
         raise InputError(
             f"train.crop = {train['crop']} has {len(train['crop'])} axes and the images"
             f" have {dataset.rank}: give one size an axis."
         )
-    names = dataset.label_names
-    volumes = config["data"]["volumes"] if config["data"]["source"] == "volumes" else {}
-    known = figures(task, names)
-    choose(known, train["monitor"], "train.monitor =")
-    choose(known, config["plateau"]["monitor"], "plateau.monitor =")
-    name, model, start, torch = _net(config, dataset, stored)
-    models.output_size(model, train["crop"])
-    _check_depth(model, train["crop"])
+    net = _net(trial, dataset, stored)
+    models.output_size(net.model, train["crop"])
+    feasible.check_depth(net.model, train["crop"])
+    feasible.check_space(net.model, train["crop"], mesh)
     stats = normalisation.measure(
         config["data"]["normalisation"],
         (dataset.train[i]["image"] for i in range(len(dataset.train))),
     )
+    compose = partial(_compose, mesh=mesh, dataset=dataset, stats=stats)
+    if batch_size and remat >= 0:
+        return compose(trial, net)
+    if not batch_size and remat < 0:
+        raise InputError(
+            "train.batch_size = 0 and model.remat = -1 each ask for what fits, and one"
+            " depends on the other: give one of them."
+        )
+    limit = _memory(train)
+
+    def peak(number: int) -> int:
+        new = (number, remat) if not batch_size else (batch_size, number)
+        found = compose(_with(config, *new), net.remade(new[1])).costs().peak
+        if found is None:
+            raise InputError(
+                "this backend does not tell what a compiled step needs: give"
+                " train.batch_size and model.remat as numbers."
+            )
+        return found
+
+    if not batch_size:
+        most = len(dataset.train)
+        batch_size = budget.largest_batch(
+            peak, multiple=unit, limit=limit, most=max(most, unit), say=say
+        )
+    else:
+        levels = net.model.depth + 1
+        remat = budget.least_remat(peak, levels=levels, limit=limit, say=say)
+    return compose(_with(config, batch_size, remat), net.remade(remat))
+
+
+def _with(config: dict[str, Any], batch_size: int, remat: int) -> dict[str, Any]:
+    """A config with the two numbers that can be found."""
+    train = {**config["train"], "batch_size": batch_size}
+    model = dict(config["model"])
+    if remat or "remat" in model:
+        model["remat"] = remat
+    return {**config, "train": train, "model": model}
+
+
+def _as_found(config: dict[str, Any], stored: Meta | None) -> dict[str, Any]:
+    """The config of a run that goes on, with the numbers found when it began."""
+    if stored is None:
+        return config
+    before = stored.config
+    batch_size, remat = config["train"]["batch_size"], config["model"].get("remat", 0)
+    return _with(
+        config,
+        batch_size or before["train"]["batch_size"],
+        before["model"].get("remat", 0) if remat < 0 else remat,
+    )
+
+
+def _memory(train: dict[str, Any]) -> int:
+    """Bytes of a device that a step may use."""
+    stated = train.get("memory_gb", 0.0)
+    limit = int(stated * 2**30) if stated else budget.device_memory()
+    if not limit or limit < 0:
+        raise InputError(
+            "this device does not say how much memory it has: state it, as in"
+            " --config.train.memory_gb=16."
+        )
+    return limit
+
+
+def _compose(
+    config: dict[str, Any],
+    net: "_Net",
+    *,
+    mesh: jax.sharding.Mesh,
+    dataset: data.Dataset,
+    stats: dict[str, Any],
+) -> Run:
+    """The run of a config in which nothing is left to find."""
+    task, train = config["task"], config["train"]
+    loss_fn = losses.build(task=task, **config["loss"])
+    augment_fn = augment.build(**config["augment"])
+    names, model = dataset.label_names, net.model
+    volumes = config["data"]["volumes"] if config["data"]["source"] == "volumes" else {}
+    known = figures(task, names)
+    choose(known, train["monitor"], "train.monitor =")
+    choose(known, config["plateau"]["monitor"], "plateau.monitor =")
     tx, schedule = optim.build(total_steps=train["steps"], **config["optim"])
     meta = Meta(
-        model={"name": name, **models.fields(model)},
+        model={"name": net.name, **models.fields(model)},
         task=task,
         label_names=names,
         normalisation=stats,
@@ -206,9 +356,8 @@ def build(
         spacing=volumes.get("spacing", ()),
         threshold=train["threshold"],
         config=config,
-        torch=torch,
+        torch=net.torch,
     )
-    whole, rows = sharding.replicated(mesh), sharding.split(mesh)
     # The start runs once: on CPU, unoptimised, it compiles in 0.9 s instead of 3.3 s.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
@@ -221,18 +370,40 @@ def build(
         image_shape=shape,
         ema=train["ema"] > 0,
     )
-    train_step = make_train_step(
-        model,
-        tx,
-        loss_fn,
-        augment_fn,
-        stats=stats,
-        accumulate=train["accumulate"],
-        ema_decay=train["ema"],
+    shapes = jax.eval_shape(init)
+    where = sharding.state_shardings(
+        shapes, mesh, fsdp=config.get("mesh", {}).get("fsdp", False)
     )
-    eval_step = make_eval_step(
-        model, loss_fn, task=task, stats=stats, threshold=train["threshold"]
-    )
+
+    def step_with(stats: Stats) -> Step:
+        return make_train_step(model, tx, loss_fn, augment_fn, stats=stats, **options)
+
+    def evaluation_with(stats: Stats) -> Callable[..., dict[str, Any]]:
+        return make_eval_step(
+            model, loss_fn, task=task, stats=stats, threshold=train["threshold"]
+        )
+
+    options = {"accumulate": train["accumulate"], "ema_decay": train["ema"]}
+    if config.get("mesh", {}).get("pmap", False):
+        train_step = make_pmap_train_step(
+            model,
+            tx,
+            loss_fn,
+            augment_fn,
+            devices=list(mesh.devices.flat),
+            stats=stats,
+            **options,
+        )
+    else:
+        step = step_with(stats)
+        if train.get("steps_per_call", 1) > 1:
+            step = several(step)
+        train_step = jax.jit(
+            sharding.within(mesh, step),
+            in_shardings=(where, None),
+            out_shardings=(where, sharding.replicated(mesh)),
+            donate_argnums=0,
+        )
     return Run(
         config=config,
         mesh=mesh,
@@ -240,13 +411,15 @@ def build(
         model=model,
         schedule=schedule,
         meta=meta,
-        start=start,
-        init=jax.jit(init, out_shardings=whole, compiler_options=quick),
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(whole, rows),
-            out_shardings=(whole, whole),
-            donate_argnums=0,
+        start=net.start,
+        init=jax.jit(init, out_shardings=where, compiler_options=quick),
+        train_step=train_step,
+        eval_step=jit_eval_step(evaluation_with(stats), mesh),
+        step_with=step_with,
+        evaluation_with=evaluation_with,
+        shapes=jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            shapes,
+            where,
         ),
-        eval_step=jit_eval_step(eval_step, mesh),
     )

@@ -108,6 +108,7 @@ def cut(axis: Axis, size: int, *, tile: int, overlap: float, blend: str) -> Cuts
         tile = max(tile, step)
         window = tile + sum(axis.pads(tile)) + 2 * halo
         if halo:
+            window += -window % (step * axis.parts)
             window = min(window, whole)
         whole = max(whole, window)
     out, rest = window - 2 * edge, whole - window

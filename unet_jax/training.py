@@ -3,6 +3,10 @@
 ``make_train_step`` closes over what does not change (model, optimizer, loss,
 augmentation) and returns ``(state, batch) -> (state, stats)``. `TrainState` is data
 only. All randomness is ``fold_in`` of the state's key, its step and an example's index.
+
+The step is for ``jit``, on one device or, `unet_jax.sharding.within` a mesh, on many.
+``make_pmap_train_step`` is its twin for `jax.pmap`, and ``several`` runs a few steps in
+one dispatch.
 """
 
 import dataclasses
@@ -14,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unet_jax import models, sharding
 from unet_jax.layers import crop
 from unet_jax.models import UNet
 from unet_jax.normalisation import Stats, normalise
-from unet_jax.types import Array, AugmentFn, Batch, Example, LossFn, PyTree
+from unet_jax.types import Array, AugmentFn, Batch, LossFn, PyTree
 
 
 @flax.struct.dataclass
@@ -159,7 +164,7 @@ def _microbatch(batch: Batch, accumulate: int) -> Any:
         rows = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
         return rows.swapaxes(0, 1)
 
-    return jax.tree.map(split, batch)
+    return sharding.constrain(jax.tree.map(split, batch), stacked=True)
 
 
 def augment_keys(key: Array, step: Any, index: Array) -> Array:
@@ -180,6 +185,27 @@ def _fold(key: Array, index: Array) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
+def trim(model: UNet, batch: Any) -> dict[str, Array]:
+    """Cuts off the rows with which `sharding.place` filled up the images of a batch.
+
+    Only nets with valid padding need it, whose sizes do not divide over devices; the
+    images of others are made to divide. What stays is the largest size that the net
+    works at.
+
+    Args:
+        model: The net.
+        batch: As placed; of each array but ``index`` the first spatial axis is cut.
+    """
+    if model.padding != "valid" or sharding.parts("space") == 1:
+        return dict(batch)
+    size = batch["image"].shape[1:-1]
+    rows = models.fitting_rows(model, size[0], len(size))
+    return {k: x[:, :rows] if x.ndim > 1 else x for k, x in batch.items()}
+
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+
+
 def make_train_step(
     model: UNet,
     tx: optax.GradientTransformation,
@@ -189,7 +215,7 @@ def make_train_step(
     stats: Stats,
     accumulate: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> Step:
     """The training step.
 
     The gradient is that of the sum of the examples' losses over the number of examples
@@ -209,24 +235,127 @@ def make_train_step(
         ``(state, batch) -> (state, stats)``, to be jitted with the state donated.
         ``stats`` has sums: ``loss`` and ``count`` (examples), and ``grad_norm``.
     """
+    return _make_step(
+        model,
+        tx,
+        loss_fn,
+        augment_fn,
+        stats=stats,
+        accumulate=accumulate,
+        ema_decay=ema_decay,
+    )
 
-    def prepare(key: Array, batch: Any) -> Any:
-        example: Example = {
+
+def make_pmap_train_step(
+    model: UNet,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    augment_fn: AugmentFn | None = None,
+    *,
+    devices: Sequence[Any] | None = None,
+    **options: Any,
+) -> Step:
+    """The twin of `make_train_step` for `jax.pmap`, already mapped and compiled.
+
+    It gives the same numbers, but for dropout, which each device draws by itself, and
+    for losses that pool a batch (``over="batch"``, ``normalise="weights"``), which here
+    pool a device's part of it. JAX keeps ``pmap`` in maintenance mode: it is for code
+    that is built on it, and ``jit`` on a mesh is what to use.
+
+    Args:
+        model, tx, loss_fn, augment_fn: As for `make_train_step`.
+        devices: Which to use; None for all.
+        **options: ``stats``, ``accumulate``, ``ema_decay`` of `make_train_step`.
+
+    Returns:
+        ``(state, batch) -> (state, stats)``. The state is a plain one, whole on every
+        device, and donated; every array of the batch has a device axis first:
+        ``[devices, B / devices, ...]``.
+    """
+    step = _make_step(
+        model.clone(axis_name=_REPLICAS),
+        tx,
+        loss_fn,
+        augment_fn,
+        total=lambda x: jax.lax.psum(x, _REPLICAS),
+        **options,
+    )
+    return jax.pmap(
+        step,
+        axis_name=_REPLICAS,
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=0,
+    )
+
+
+# Not "data": a function that is mapped over it is not on a mesh of `sharding`.
+_REPLICAS = "replicas"
+
+
+def several(step: Step) -> Step:
+    """A few training steps in one dispatch, so that the host is asked less often.
+
+    Args:
+        step: `make_train_step`'s.
+
+    Returns:
+        ``(state, batches) -> (state, stats)``: every array of the batches has an axis
+        of steps first, and so have the stats.
+    """
+
+    def steps(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, Array]]:
+        return jax.lax.scan(step, state, batches)
+
+    return steps
+
+
+def _make_step(
+    model: UNet,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    augment_fn: AugmentFn | None,
+    *,
+    stats: Stats,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    total: Callable[[PyTree], PyTree] | None = None,
+) -> Step:
+    """See `make_train_step`; ``total`` adds up what the devices of a pmap have."""
+
+    def normalised(batch: Any) -> Any:
+        return {
+            **batch,
             "image": normalise(batch["image"], stats),
             "label": batch["label"].astype(jnp.int32),
             "weight": batch["weight"].astype(jnp.float32),
         }
+
+    def augmented(key: Array, batch: Any) -> Any:
+        batch = normalised(batch)
+        keys = _fold(key, batch.pop("index"))
+        assert augment_fn is not None
+        return jax.vmap(augment_fn)(keys, batch)
+
+    def prepare(key: Array, batch: Any) -> Any:
         if augment_fn is None:
-            return example
-        return jax.vmap(augment_fn)(_fold(key, batch["index"]), example)
+            return normalised(trim(model, batch))
+        # A pixel may come from anywhere in its image: gathered as stored, here and on
+        # purpose, where it is smallest.
+        batch = trim(model, sharding.constrain(batch, whole=True))
+        return sharding.constrain(sharding.by_example(augmented, key, batch))
 
     def objective(
         params: PyTree, batch_stats: PyTree, batch: Any, key: Array, micro: Array
     ) -> tuple[Array, tuple[PyTree, Array]]:
         augment_key, dropout_key = jax.random.split(key)
+        if total is not None:
+            replica = jax.lax.axis_index(_REPLICAS)
+            dropout_key = jax.random.fold_in(dropout_key, replica)
         batch = prepare(augment_key, batch)
         (logits, aux), updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
+            sharding.gather({"params": params, "batch_stats": batch_stats}),
             batch["image"],
             train=True,
             mutable=["batch_stats"],
@@ -268,6 +397,8 @@ def make_train_step(
             )
         else:
             batch_stats, loss, count, grads = accumulated(state, batch, key)
+        if total is not None:
+            loss, count, grads = total((loss, count, grads))
         examples = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / examples.astype(g.dtype), grads)
         # optax's Adam mixes integer counts with floats on purpose.

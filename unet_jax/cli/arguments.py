@@ -68,6 +68,36 @@ def tiled(arguments: argparse.Namespace) -> bool:
     return arguments.tile != 0 or arguments.tta != "none"
 
 
+def add_mesh(command: argparse.ArgumentParser) -> None:
+    """The flag that says which devices share the work."""
+    command.add_argument(
+        "--mesh",
+        default="",
+        metavar="DATAxSPACE",
+        help="split every image (or tile) over SPACE devices, and a batch of them over"
+        " DATA times as many: 1x8 for one image that no device has the memory for (the"
+        " first device alone)",
+    )
+
+
+def mesh(arguments: argparse.Namespace) -> Any:
+    """The mesh of ``--mesh``, or None where it is not given."""
+    import re
+
+    from unet_jax import sharding
+    from unet_jax.types import InputError
+
+    if not arguments.mesh:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", arguments.mesh)
+    if not match:
+        raise InputError(
+            f"--mesh={arguments.mesh} must be two numbers of devices, DATAxSPACE, such"
+            " as 1x8."
+        )
+    return sharding.make_mesh(int(match[1]), int(match[2]))
+
+
 def add_split(command: argparse.ArgumentParser) -> None:
     """The flags that name the data to measure on."""
     add = command.add_argument

@@ -26,6 +26,7 @@ What is written, in the size of the input:
 component), fill (holes), small=N (no component below N pixels).
 
   unet-jax predict --workdir=runs/a new/*.tif --out=cells --tile=512 --tta=flips
+  unet-jax predict --workdir=runs/a huge.tif --out=cells --mesh=1x8
   unet-jax predict --workdir=runs/a,runs/b new --out=cells --instances=watershed \
       --postprocess=fill,small=30
 """
@@ -52,6 +53,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="tiles, or views of an image, run together (1)",
     )
+    flags.add_mesh(command)
     add(
         "--instances",
         nargs="?",
@@ -82,6 +84,7 @@ def _run(arguments: argparse.Namespace) -> None:
         flags.workdirs(arguments.workdir),
         which=arguments.which,
         batch_size=arguments.batch_size,
+        mesh=flags.mesh(arguments),
         **flags.tile_options(arguments),
     )
     names = ", ".join(predictor.meta.label_names)

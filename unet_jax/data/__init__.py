@@ -62,6 +62,7 @@ def build(
     normalisation: str = "range",
     cache_mb: float = 1000,
     resize: Shape = (),
+    share: tuple[int, int] = (0, 1),
     border: Mapping[str, Any] | None = None,
     cells: Mapping[str, Any] | None = None,
     folder: Mapping[str, Any] | None = None,
@@ -84,6 +85,7 @@ def build(
             together, shared by the number of examples; 0 keeps none.
         resize: the spatial size that every example is brought to (`Resized`); () leaves
             them as they are.
+        share: which process this is, of how many: each checks its part of the examples.
         border: options of `border.Bordered`, the paper's weight map. They need ``w0``,
             which turns it on unless it is 0. It changes weights and, at its gaps,
             labels of the training part; metrics count the truth as it is, so the
@@ -153,7 +155,7 @@ def build(
         # A bad file of a small data set is found before the training and not in it.
         with ThreadPoolExecutor(4) as pool:
             for part in parts:
-                list(pool.map(part.__getitem__, range(len(part))))
+                list(pool.map(part.__getitem__, range(share[0], len(part), share[1])))
     return Dataset(
         train=parts[0],
         evaluation=parts[1],

@@ -29,18 +29,16 @@ Arrays = dict[str, NumpyArray]
 """an example with its weight"""
 
 
-def train_batches(
+def train_reader(
     source: Source,
     *,
     seed: int,
     batch_size: int,
     crop: Shape,
     margin: int | Shape = 0,
-    start: int = 0,
-    rows: slice = slice(None),
-    threads: int = 2,
-) -> Iterator[Batch]:
-    """Endless training batches; batch number s is a pure function of (seed, s).
+    rows: slice | NumpyArray = slice(None),
+) -> Callable[[int], Batch]:
+    """Training batches by their numbers; batch s is a pure function of (seed, s).
 
     Every image is first extended by its mirror image by ``margin`` pixels a side, then,
     where it is still smaller than ``crop``, on both sides up to it. The weight of a
@@ -53,18 +51,17 @@ def train_batches(
         crop: spatial size in pixels that the net takes in.
         margin: pixels, one number or one for each axis: half of what a net with valid
             padding takes off, else 0.
-        start: the first batch's number. Resuming at step k is ``start=k``.
-        rows: this process's rows of each batch.
-        threads: how many read batches ahead; 0 reads in the caller's thread.
+        rows: this process's rows of each batch, or their numbers.
 
     Returns:
-        Batches of NumPy arrays: image ``[B, *crop, C]``, label ``[B, *crop]`` or
-        ``[B, *crop, K]``, weight ``f32`` like label, index ``i32[B]``.
+        From a number, 0 or more, to a batch of NumPy arrays: image ``[B, *crop, C]``,
+        label ``[B, *crop]`` or ``[B, *crop, K]``, weight ``f32`` like label, index
+        ``i32[B]``. Safe to call from several threads at once. What reading an example
+        raises comes out as it is.
 
     Raises:
         InputError: no example at all, a crop of another rank than the images, or one
-            larger than every image. What reading an example raises comes out of the
-            iterator as it is.
+            larger than every image.
     """
     margins = (margin,) * len(crop) if isinstance(margin, int) else tuple(margin)
     _check_crop(source, crop, margins)
@@ -83,6 +80,60 @@ def train_batches(
         ]
         return _stack(examples, index[rows])
 
+    return read
+
+
+def train_batches(
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    crop: Shape,
+    margin: int | Shape = 0,
+    start: int = 0,
+    rows: slice | NumpyArray = slice(None),
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """Endless training batches: those of `train_reader`, one after another.
+
+    Args:
+        source, seed, batch_size, crop, margin, rows: as for `train_reader`.
+        start: the first batch's number. Resuming at step k is ``start=k``.
+        threads: how many read batches ahead; 0 reads in the caller's thread.
+
+    Raises:
+        InputError: as for `train_reader`; what reading an example raises comes out of
+            the iterator as it is.
+    """
+    read = train_reader(
+        source, seed=seed, batch_size=batch_size, crop=crop, margin=margin, rows=rows
+    )
+    return _run(read, sys.maxsize, start, threads)
+
+
+def side_by_side(
+    readers: Sequence[Callable[[int], Batch]], *, start: int = 0, threads: int = 2
+) -> Iterator[Batch]:
+    """Endless training batches of several runs at once, read by one pipeline.
+
+    Args:
+        readers: `train_reader` of each run, all of one batch size and crop.
+        start: the first batch's number.
+        threads: how many read batches ahead; 0 reads in the caller's thread.
+
+    Returns:
+        Batches whose arrays have an axis of runs first: image ``[R, B, *crop, C]``.
+    """
+
+    def read(step: int) -> Batch:
+        batches = [reader(step) for reader in readers]
+        return {
+            "image": np.stack([batch["image"] for batch in batches]),
+            "label": np.stack([batch["label"] for batch in batches]),
+            "weight": np.stack([batch["weight"] for batch in batches]),
+            "index": np.stack([batch["index"] for batch in batches]),
+        }
+
     return _run(read, sys.maxsize, start, threads)
 
 
@@ -91,7 +142,7 @@ def eval_batches(
     *,
     batch_size: int,
     pads: Callable[[Shape], Pads],
-    rows: slice = slice(None),
+    rows: slice | NumpyArray = slice(None),
     threads: int = 2,
 ) -> Iterator[Batch]:
     """Batches that hold every example exactly once, whole.
@@ -105,7 +156,7 @@ def eval_batches(
         batch_size: rows of the whole batch, of all processes together.
         pads: spatial size -> how many pixels to mirror at each end of each axis. The
             weight is 0 there.
-        rows: this process's rows of each batch.
+        rows: this process's rows of each batch, or their numbers.
         threads: how many read batches ahead; 0 reads in the caller's thread.
 
     Returns:

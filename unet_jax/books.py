@@ -1,0 +1,247 @@
+"""The books of a run: what is measured after a step, written down and decided.
+
+`Books` is told of every step. Where something is due it logs, evaluates, draws, decides
+(`unet_jax.evaluation.Progress`) and saves, in this order, so that what is decided is in
+the checkpoint of the same step, and a run that goes on neither repeats nor skips it.
+Whoever has the loop, of one run or of several side by side, has one `Books` for each.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from unet_jax import distributed, report
+from unet_jax.checkpoint import Checkpoints, check_same_run
+from unet_jax.evaluation import Progress, score_of
+from unet_jax.log import Meter, RunLog, replace_file
+from unet_jax.run import Run
+from unet_jax.training import TrainState, is_due
+from unet_jax.types import size_text
+
+NOT_SCORED = -1e30  # of a checkpoint that is not the best so far
+
+Say = Callable[[str], None]
+"""prints a line for a person"""
+
+
+def short(results: dict[str, float]) -> str:
+    """The figures of an evaluation that belong on one line."""
+    keys = [k for k in results if k in ("loss", "dice") or k.startswith("dice/")]
+    return ", ".join(f"{k} {results[k]:.4f}" for k in keys)
+
+
+def announced(eval_step: Callable[[Any, Any], Any], say: Say) -> Any:
+    """The evaluation step, saying so when a new image size has it compiled."""
+    seen: set[tuple[int, ...]] = set()
+
+    def step(variables: Any, batch: Any) -> Any:
+        shape = batch["image"].shape
+        if shape not in seen:
+            seen.add(shape)
+            say(f"compiling the evaluation of {size_text(shape[1:-1])} ...")
+        return eval_step(variables, batch)
+
+    return step
+
+
+class Books:
+    """What a run writes down and decides; `opened` makes one.
+
+    Args:
+        run: What is trained.
+        workdir: Where it is kept.
+        checkpoints: Of the workdir.
+        log: Likewise.
+        start: The step that the run goes on from.
+        progress: What has been decided up to there.
+        results: The figures of the last evaluation before it.
+        say: Is told what a person should see.
+
+    Attributes:
+        meter: The sums of the steps since the last row of ``train.csv``.
+        progress, results: As they are now.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        log: RunLog,
+        *,
+        start: int,
+        progress: Progress,
+        results: dict[str, float],
+        say: Say,
+    ) -> None:
+        self.run, self.workdir, self.start = run, workdir, start
+        self.progress, self.results = progress, results
+        self.checkpoints, self._log, self._say = checkpoints, log, say
+        self._train = run.config["train"]
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts the clock of the images per second; all that is before is no step."""
+        self.meter = Meter(self.workdir)
+
+    @property
+    def impatient(self) -> bool:
+        """Whether ``train.patience`` evaluations have gone by without a better one."""
+        patience = self._train["patience"]
+        return bool(patience) and self.progress.since_best >= patience
+
+    def add(self, step: int, stats: Any) -> dict[str, float]:
+        """Takes what the step has measured; logs a row where one is due.
+
+        Args:
+            step: Updates done.
+            stats: Of the training step, ``loss``, ``count`` and ``grad_norm``.
+
+        Returns:
+            The row, `unet_jax.log.Meter.take`'s means; empty where none is due.
+        """
+        self.meter.add(step, stats)
+        if not is_due(step, self._train["log_every"], self._train["steps"]):
+            return {}
+        means = self.meter.take()
+        rate = float(self.run.schedule(step - 1)) * self.progress.lr_scale
+        self._log.scalars("train", step, {**means, "learning_rate": rate})
+        return means
+
+    def evaluated(self, step: int, state: TrainState) -> TrainState:
+        """The state after a step, with what follows from an evaluation if one is due.
+
+        Args:
+            step: Updates done.
+            state: After them.
+
+        Returns:
+            The state, with the learning rate's scale as it is now decided.
+        """
+        if not self.evaluates(step):
+            return state
+        with self.meter.paused():
+            self.assess(state, step)
+        scale = jax.device_put(
+            np.float32(self.progress.lr_scale), state.lr_scale.sharding
+        )
+        return dataclasses.replace(state, lr_scale=scale)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after a step."""
+        return is_due(step, self._train["eval_every"], self._train["steps"])
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step: every so many, and the best yet."""
+        due = is_due(step, self._train["save_every"], self._train["steps"])
+        return due or self._score(step) > NOT_SCORED
+
+    def _score(self, step: int) -> float:
+        best = self.progress.best
+        return (
+            best if self.progress.best_step == step and best is not None else NOT_SCORED
+        )
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves the state with all that has been decided; the step's last entry."""
+        self.meter.drain()
+        meta = dataclasses.replace(
+            self.run.meta,
+            progress=dataclasses.asdict(self.progress),
+            results=self.results,
+        )
+        self.checkpoints.save(state, meta, score=self._score(step))
+
+    def assess(self, state: TrainState, step: int) -> None:
+        """Evaluates, logs it, draws a picture, and decides what follows from it."""
+        begin = time.perf_counter()
+        found = self.run.evaluate(state, keep=4)
+        self._log.scalars("evaluation", step, found.results)
+        if distributed.is_main():
+            path = self.workdir / "pictures" / f"step_{step:06d}.png"
+            names = self.run.meta.label_names
+            report.picture(found.kept, path, label_names=names)
+            self._log.image(step, path)
+        seconds = time.perf_counter() - begin
+        self._say(
+            f"evaluation at step {step}: {short(found.results)} ({seconds:.1f} s)"
+        )
+        plateau = self.run.config["plateau"]
+        on = self.run.config["optim"]["schedule"] == "plateau"
+        new = self.progress.after(
+            step,
+            score_of(found.results, self._train["monitor"]),
+            watched=-score_of(found.results, plateau["monitor"]) if on else None,
+            factor=plateau["factor"],
+            patience=plateau["patience"],
+        )
+        if new.lr_scale != self.progress.lr_scale:
+            self._say(f"plateau: the learning rate is now scaled by {new.lr_scale:g}")
+        self.results, self.progress = found.results, new
+
+    def closing(self, step: int) -> str:
+        """The last line about a run that is done."""
+        monitor, best = self._train["monitor"], self.progress.best or 0.0
+        return (
+            f"finished at step {step}; best {monitor}"
+            f" {-best if monitor == 'loss' else best:.4f} at step"
+            f" {self.progress.best_step}; checkpoints, logs and pictures are in"
+            f" {self.workdir}"
+        )
+
+
+@contextmanager
+def opened(
+    run: Run, workdir: str | os.PathLike[str], *, say: Say, start: int | None = None
+) -> Iterator[tuple[Books, TrainState]]:
+    """The books of a workdir and the state that they stand at.
+
+    Args:
+        run: What is trained.
+        workdir: Where it is kept; there is a folder.
+        say: Is told what a person should see.
+        start: The step of the checkpoint to go on from, 0 to begin anew; None for the
+            latest there is.
+
+    Raises:
+        InputError: The workdir holds another run.
+    """
+    workdir = Path(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        if start is None:
+            start = checkpoints.latest_step() or 0
+        progress, results = Progress(), {}
+        if start:
+            stored = checkpoints.read_meta(start)
+            for change in check_same_run(stored, run.meta, workdir):
+                say(f"changed since the checkpoint: {change}")
+            progress, results = Progress(**stored.progress), stored.results
+            state = checkpoints.restore(start, run.shapes)
+        else:
+            state = run.begin()
+        text = json.dumps(run.meta.to_json()["config"], indent=2) + "\n"
+        if distributed.is_main():
+            replace_file(workdir / "config.json", text.encode())
+        log = RunLog(workdir, resume_step=start, silent=not distributed.is_main())
+        books = Books(
+            run,
+            workdir,
+            checkpoints,
+            log,
+            start=start,
+            progress=progress,
+            results=results,
+            say=say,
+        )
+        try:
+            yield books, state
+        finally:
+            log.close()
