@@ -31,8 +31,10 @@ from unet_jax import compiled, distributed, members, normalisation, report, shar
 from unet_jax.books import Books, announced, opened, short
 from unet_jax.checkpoint import stored_meta
 from unet_jax.run import Run, build
-from unet_jax.training import TrainState, is_due
+from unet_jax.training import TrainState
 from unet_jax.types import InputError, size_text
+
+ASK_EVERY = 10  # steps after which processes ask each other whether to stop, at most
 
 
 def say(text: str) -> None:
@@ -130,7 +132,8 @@ def train_and_evaluate(
     Returns:
         The figures of the last evaluation; of members see `train_members`.
     """
-    distributed.check_same(json.dumps(config, sort_keys=True))
+    asked = {"config": config, "workdir": workdir and os.fspath(workdir)}
+    distributed.check_same(json.dumps(asked, sort_keys=True), "command")
     if members.asked(config):
         return train_members(config, workdir)
     if workdir is not None:
@@ -142,6 +145,8 @@ def train_and_evaluate(
     some = jax.process_count()
     those = f" of {some} processes" if some > 1 else ""
     say(f"{jax.default_backend()}: {kind}, {mesh.size} device(s){those} used{lie}")
+    if workdir is not None and jax.process_count() > 1:
+        distributed.check_shared(_made(workdir))
     stored = None if workdir is None else stored_meta(workdir)
     run = build(config, mesh, stored, say=say)
     _say_found(config, run.config)
@@ -226,6 +231,7 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
     batch = next(batches)
     step_fn = compile_step(run, state, batch)
     books.begin()
+    ask = max(min(train["log_every"] or ASK_EVERY, ASK_EVERY), 1)
     clock = time.perf_counter()
     shown = sys.stderr.isatty() and distributed.is_main()
     bar = tqdm(total=total, initial=step, unit="step", disable=not shown)
@@ -246,7 +252,8 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
                     )
                     say(f"step {step}/{total}: {line}, {left:.0f} s left")
             # Processes stop together, so they ask each other, but not at every step.
-            if jax.process_count() == 1 or is_due(step, train["log_every"], total):
+            turn = step // ask != (step - run.steps_per_call) // ask
+            if turn or jax.process_count() == 1:
                 stop = distributed.agreed(bool(interrupted))
             state = books.evaluated(step, state)
             stop |= books.impatient

@@ -233,9 +233,8 @@ class Recorder:
 
     def __call__(self, variables: PyTree, batch: Any) -> Mapping[str, Array]:
         out = self.step(variables, batch)
-        for i, prediction in zip(
-            np.asarray(batch["index"]), np.asarray(out["prediction"]), strict=True
-        ):
+        predictions = np.asarray(out["shown"]["prediction"])
+        for i, prediction in zip(np.asarray(out["index"]), predictions, strict=True):
             self.predictions[int(i)] = prediction
         return out
 

@@ -79,7 +79,7 @@ def test_objects_after_post_processing(workdirs, image, tmp_path):
         ("a,", "--postprocess=small", "small=30"),
         (",", "--tta=none", "at least one workdir"),
         ("a", "--mesh=8", "two numbers of devices, DATAxSPACE, such as 1x8"),
-        ("a", "--mesh=1x3", "needs 3 devices, but there are 2 devices"),
+        ("a", "--mesh=1x3", "needs 3 devices, but there are 2: use --mesh=1x2"),
     ],
 )
 def test_mistakes_are_one_sentence(workdir, flag, words, workdirs, image, capsys):

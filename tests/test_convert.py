@@ -531,6 +531,7 @@ def test_every_kind_of_layer_has_its_counterpart():
 # --- Training from weights -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_other_classes_and_on(tmp_path, capsys):
     path, out, tuned = tmp_path / "a.safetensors", tmp_path / "w", tmp_path / "tuned"
     weights(path, num_classes=3, dtype="float16")

@@ -14,6 +14,7 @@ import pytest
 import unet_jax
 from unet_jax import losses, models, sharding, tta
 from unet_jax.checkpoint import Checkpoints, Meta
+from unet_jax.cli.arguments import workdirs
 from unet_jax.data import eval_batches
 from unet_jax.evaluation import make_eval_step
 from unet_jax.normalisation import normalise, standardise
@@ -125,7 +126,7 @@ def test_any_size_gives_the_evaluations_numbers(padding, size):
     expected = jax.nn.softmax(logits)[0, : size[0], : size[1]]
     np.testing.assert_allclose(probability, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(
-        label, out["prediction"][0, : size[0], : size[1]].astype(np.uint8)
+        out["shown"]["prediction"][0, : size[0], : size[1]].astype(np.uint8), label
     )
     counts = np.asarray(out["confusion"])[0]
     assert counts[0].tolist() == np.bincount(label.ravel(), minlength=2).tolist()
@@ -558,8 +559,9 @@ def test_a_workdir_of_members_is_their_mean(tmp_path):
     index = {"kind": "seeds", "members": ["seed_0", "seed_1"]}
     (tmp_path / "members.json").write_text(json.dumps(index))
     image = picture(12, 9, 1)
-    found = Predictor(tmp_path)(image).probability
-    np.testing.assert_array_equal(found, Predictor.from_nets(nets)(image).probability)
+    expected = Predictor.from_nets(nets)(image).probability
+    for given in (tmp_path, [tmp_path], workdirs(str(tmp_path))):
+        np.testing.assert_array_equal(Predictor(given)(image).probability, expected)
 
 
 def test_the_package_is_light():

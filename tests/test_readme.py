@@ -16,9 +16,12 @@ TORCH = (ROOT / "docs" / "torch.md").read_text()
 
 def test_the_research_snippet_runs_as_it_stands(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (block,) = [b for b in blocks if "make_train_step" in b]
-    exec(compile(block, "README.md", "exec"), {})
+    block, on_mesh = [b for b in blocks if "make_train_step" in b]
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
     assert 0.0 < float(capsys.readouterr().out) < 5.0
+    exec(compile(on_mesh, "README.md", "exec"), names)
+    assert int(names["state"].step) == 2
 
 
 def test_both_commands_set_up_everything_themselves():

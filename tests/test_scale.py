@@ -237,12 +237,12 @@ RUN = {
 }
 
 
-def start(workdir, *, processes, devices):
+def start(workdir, *flags, processes, devices):
     """train.py in so many processes."""
     port = free_port()
     command = [sys.executable, "train.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in RUN.items()]
-    command += [f"--devices={devices}"]
+    command += [f"--devices={devices}", *flags]
     if processes > 1:
         command += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -259,8 +259,8 @@ def start(workdir, *, processes, devices):
     ]
 
 
-def parameters(workdir):
-    _, variables, _, step = load_for_inference(workdir, which="latest")
+def parameters(workdir, which="latest"):
+    _, variables, _, step = load_for_inference(workdir, which=which)
     leaves = jax.tree.leaves(variables["params"])
     return step, np.concatenate([np.ravel(x) for x in leaves])
 
@@ -271,7 +271,7 @@ def uninterrupted(tmp_path_factory):
     (process,) = start(workdir, processes=1, devices=2)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
-    return parameters(workdir)
+    return workdir, *parameters(workdir)
 
 
 @pytest.mark.slow
@@ -297,7 +297,44 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(
     texts = [process.communicate(timeout=300)[0] for process in again]
     assert all(process.returncode == 0 for process in again), texts
     assert "going on from step" in texts[0]
-    (step, found), (last, expected) = parameters(tmp_path), uninterrupted
+    (step, found), (_, last, expected) = parameters(tmp_path), uninterrupted
     assert step == last == 200
     difference = np.linalg.norm(found - expected)
     assert difference <= 2e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.slow
+def test_processes_begin_with_weights_of_another_run(uninterrupted, tmp_path):
+    workdir = uninterrupted[0]
+    flags = ["--config.train.steps=20", "--config.optim.learning_rate=0.0"]
+    flags += [f"--config.model.weights={workdir}"]
+    both = start(tmp_path, *flags, processes=2, devices=1)
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert all(process.returncode == 0 for process in both), texts
+    _, expected = parameters(workdir, "best")
+    np.testing.assert_array_equal(parameters(tmp_path)[1], expected)
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
+    """Two folders of one name, as on the disks of two hosts."""
+    both, port = [], free_port()
+    for number, host in enumerate(("a", "b")):
+        (tmp_path / host).mkdir()
+        command = [sys.executable, str(WORKER.parent.parent / "train.py")]
+        command += ["--workdir=run", f"--coordinator=127.0.0.1:{port}"]
+        command += ["--processes=2", f"--process={number}", "--devices=1"]
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        both.append(
+            subprocess.Popen(
+                command,
+                cwd=tmp_path / host,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    texts = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], texts
+    assert all("file system that all hosts share" in text for text in texts)

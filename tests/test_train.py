@@ -70,6 +70,21 @@ def _assert_same_run(a, b):
             assert np.array_equal(x, y), jax.tree_util.keystr(path)
 
 
+def _run_until(last, config, workdir):
+    """A run that dies inside a step."""
+    taken = Meter.add
+
+    def add(self, step, stats):
+        if step == last:
+            raise KeyboardInterrupt
+        return taken(self, step, stats)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Meter, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config, workdir)
+
+
 def test_a_run_leaves_everything_and_goes_on_bit_for_bit(tmp_path, capsys):
     changes = {
         "train.steps": 8,
@@ -94,19 +109,8 @@ def test_a_run_leaves_everything_and_goes_on_bit_for_bit(tmp_path, capsys):
     with (whole / "evaluation.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [4, 8]
 
-    def stop_at_five(*args):
-        raise KeyboardInterrupt
-
     # The first run dies inside step 5, after the save of step 4.
-    with pytest.MonkeyPatch.context() as patch:
-        taken = Meter.add
-
-        def add(self, step, stats):
-            return stop_at_five() if step == 5 else taken(self, step, stats)
-
-        patch.setattr(Meter, "add", add)
-        with pytest.raises(KeyboardInterrupt):
-            train.train_and_evaluate(_config(**changes), parts)
+    _run_until(5, _config(**changes), parts)
     assert train.train_and_evaluate(_config(**changes), parts) == results
     assert "going on from step 4" in capsys.readouterr().out
     _assert_same_run(whole, parts)
@@ -116,6 +120,24 @@ def test_a_run_leaves_everything_and_goes_on_bit_for_bit(tmp_path, capsys):
     # A third time there is nothing left to do.
     assert train.train_and_evaluate(_config(**changes), parts) == results
     assert "finished at step 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"mesh.space": 2, "model.features": (4, 8)},
+        {"mesh.data": 2, "mesh.fsdp": True, "model.features": (8, 64)},
+    ],
+    ids=["space", "fsdp"],
+)
+def test_a_run_on_a_mesh_goes_on_bit_for_bit(mesh, tmp_path, capsys):
+    changes = {"train.steps": 6, "train.eval_every": 3, "train.save_every": 2, **mesh}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    results = train.train_and_evaluate(_config(**changes), whole)
+    _run_until(5, _config(**changes), parts)
+    assert train.train_and_evaluate(_config(**changes), parts) == results
+    assert "going on from step 4" in capsys.readouterr().out
+    _assert_same_run(whole, parts)
 
 
 def test_early_stopping_and_plateau_survive_a_restart(tmp_path, capsys):
@@ -336,6 +358,7 @@ def _latest(workdir):
         return checkpoints.latest_step() or 0
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     whole, parts, steps = tmp_path / "whole", tmp_path / "parts", 60
     _start(whole, steps=steps).communicate()

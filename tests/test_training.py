@@ -51,6 +51,7 @@ def test_a_step_is_finite_traces_once_and_learns_one_batch(rng, rank):
     assert seen[-1] < 0.35 * seen[0]
 
 
+@pytest.mark.slow
 def test_jit_equals_eager(rng):
     # Plain descent: Adam's first step is the sign of the gradient, which rounding
     # decides where the gradient is zero.

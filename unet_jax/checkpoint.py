@@ -339,7 +339,8 @@ def _identity(meta: Meta) -> dict[str, Any]:
     """What must be the same for a run to go on: path of the key -> value."""
     # Of the net that is built, so that a field which is new has its default in both.
     model = {"name": meta.model["name"], **models.fields(meta.build_model())}
-    own = {f"model.{k}": v for k, v in model.items()}
+    # What is computed again, and where, changes no number.
+    own = {f"model.{k}": v for k, v in model.items() if k not in ("remat", "axis_name")}
     for field in ("task", "label_names", "channels", "rank"):
         own[field] = getattr(meta, field)
     own |= {f"data.normalisation.{k}": v for k, v in meta.normalisation.items()}

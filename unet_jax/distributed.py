@@ -17,11 +17,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from unet_jax.types import InputError
+from unet_jax.types import InputError, NumpyArray
 
 # Seconds without a sign of life after which jax calls a process dead and ends the
 # others. A collective over gloo notices at once; one over NCCL or between TPUs may wait
@@ -30,6 +31,8 @@ HEARTBEAT = 30
 # Seconds that the first process at the end waits for the last; `wait` has brought them
 # together before that. jax's default is 300.
 SHUTDOWN = 15
+# Seconds that a file may take to be seen from another host.
+SHARED = 10
 # Seconds that a failing process 0 stays: it carries the service whose end aborts the
 # others, and what they have to say should be printed before.
 LAST_WORDS = 2
@@ -305,6 +308,15 @@ def agreed(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.uint8(flag)).any())
 
 
+def _others(text: str) -> NumpyArray:
+    """The processes that have another text than process 0."""
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(mine)
+    return np.flatnonzero((digests != digests[0]).any(axis=1))
+
+
 def check_same(text: str, what: str = "config") -> None:
     """Raises InputError, in every process, where not all have the same text.
 
@@ -314,15 +326,42 @@ def check_same(text: str, what: str = "config") -> None:
     """
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
-
-    mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    digests = multihost_utils.process_allgather(mine)
-    others = np.flatnonzero((digests != digests[0]).any(axis=1))
-    if others.size:
+    if (others := _others(text)).size:
         raise InputError(
             f"the processes were started with different {what}s (process {others[0]}"
             " has another than process 0): use the same command for all."
+        )
+
+
+def check_shared(folder: str | os.PathLike[str]) -> None:
+    """Raises InputError, in every process, where they do not see one folder.
+
+    A checkpoint is written by all of them together: into folders of their own, none
+    would ever be complete. Waits some seconds for a file system that is slow to show
+    what another host has written.
+
+    Args:
+        folder: There is one, of this name, for each of them.
+    """
+    if jax.process_count() == 1:
+        return
+    note = Path(folder) / ".processes"
+    if is_main():
+        note.write_text(os.urandom(16).hex())
+    wait("note written")
+    others = np.empty(0)
+    for _ in range(SHARED):
+        others = _others(note.read_text() if note.exists() else "")
+        if not others.size:
+            break
+        time.sleep(1)
+    wait("note read")
+    if is_main():
+        note.unlink()
+    if others.size:
+        raise InputError(
+            f"the folder {os.fspath(folder)} of process {others[0]} is not that of"
+            " process 0: put the workdir on a file system that all hosts share."
         )
 
 

@@ -139,7 +139,9 @@ def evaluate(
         counted.append(figures["counted"][real] > 0)
         rows = np.flatnonzero(real)[: keep - len(kept)]
         if len(rows):
-            shown = sharding.fetch(out["shown"])
+            # The rows that are real come first; the others stay where they are.
+            shown = jax.tree.map(lambda x: x[: len(rows)], out["shown"])  # noqa: B023
+            shown = sharding.fetch(shown)
             kept += [{name: x[row] for name, x in shown.items()} for row in rows]
     order = np.argsort(np.concatenate(index), kind="stable")
     counts = np.concatenate(confusion)[order]

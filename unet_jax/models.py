@@ -436,10 +436,14 @@ def covering_axes(model: UNet, rank: int, *, space: int = 1) -> tuple[Axis, ...]
 def coarsest_rows(model: UNet) -> int:
     """The fewest rows of the coarsest map that a device of several can work on.
 
-    One, and two where convolutions see their map mirrored: for the gradient of a
-    kernel, XLA gathers all rows where each device has only one to mirror from.
+    One, and twice half a kernel where convolutions see their map mirrored: for the
+    gradient of a kernel, XLA gathers all rows where a device has fewer to mirror from.
     """
-    return 2 if model.padding == "reflect" else 1
+    if model.padding != "reflect":
+        return 1
+    kernels = (*model.kernels, *model.decoder_kernels) or (3,)
+    kernels = [k if isinstance(k, int) else k[0] for k in kernels]
+    return 2 * max(1, *(k // 2 for k in kernels))
 
 
 def fitting_rows(model: UNet, rows: int, rank: int) -> int:

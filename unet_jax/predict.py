@@ -171,7 +171,8 @@ class Predictor:
         one = isinstance(workdir, str | os.PathLike)
         nets = [
             Net(*load_for_inference(path, which=which), name=os.fspath(path))
-            for path in (members_of(workdir) if one else workdir)
+            for given in ([workdir] if one else workdir)
+            for path in members_of(given)
         ]
         self._set(nets, tile, overlap, blend, tta, batch_size, mesh)
 
@@ -246,7 +247,9 @@ class Predictor:
             meta = dataclasses.replace(meta, threshold=threshold)
         self.meta, self.tta = meta, kind
         self._views = tta.views(kind, meta.rank)
-        self._tiling = tiles.Tiling(size, overlap, blend, batch_size)
+        # Each of the devices that share a batch has something to do.
+        rows = batch_size if mesh is None else sharding.round_up(mesh, batch_size)
+        self._tiling = tiles.Tiling(size, overlap, blend, rows)
         space = 1 if mesh is None else mesh.shape["space"]
         self._axes = [
             models.covering_axes(net.model, meta.rank, space=space) for net in nets

@@ -6,6 +6,7 @@ goes to the builder of the same name as keyword arguments.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ from unet_jax.training import (
     several,
 )
 from unet_jax.types import Batch, InputError, choose
+
+FREE = 0.95  # of what a device says it has: an allocator cannot use all of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,14 @@ class Run:
             return jax.ShapeDtypeStruct(size, x.dtype, sharding=at)
 
         return jax.tree.map(shape, one)
+
+    def batch_bytes(self) -> int:
+        """What a batch takes of a device; `sharding.prefetch` holds a few."""
+        shapes = jax.tree.leaves(self.batch_shapes())
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in shapes
+        )
 
     def costs(self) -> compiled.Costs:
         """What a training step costs each device; compiles it."""
@@ -271,17 +282,23 @@ def build(
             "train.batch_size = 0 and model.remat = -1 each ask for what fits, and one"
             " depends on the other: give one of them."
         )
+    if jax.process_count() > 1:
+        raise InputError(
+            "train.batch_size = 0 and model.remat = -1 are not looked for by several"
+            " processes: find them with --dry_run on one host, and give the numbers."
+        )
     limit = _memory(train)
 
     def peak(number: int) -> int:
         new = (number, remat) if not batch_size else (batch_size, number)
-        found = compose(_with(config, *new), net.remade(new[1])).costs().peak
+        run = compose(_with(config, *new), net.remade(new[1]))
+        found = run.costs().peak
         if found is None:
             raise InputError(
                 "this backend does not tell what a compiled step needs: give"
                 " train.batch_size and model.remat as numbers."
             )
-        return found
+        return found + sharding.AHEAD * run.batch_bytes()
 
     if not batch_size:
         most = len(dataset.train)
@@ -319,8 +336,10 @@ def _as_found(config: dict[str, Any], stored: Meta | None) -> dict[str, Any]:
 def _memory(train: dict[str, Any]) -> int:
     """Bytes of a device that a step may use."""
     stated = train.get("memory_gb", 0.0)
-    limit = int(stated * 2**30) if stated else budget.device_memory()
-    if not limit or limit < 0:
+    if stated < 0:
+        raise InputError(f"train.memory_gb = {stated} must be 0 or more.")
+    limit = int(stated * 2**30) or int((budget.device_memory() or 0) * FREE)
+    if not limit:
         raise InputError(
             "this device does not say how much memory it has: state it, as in"
             " --config.train.memory_gb=16."

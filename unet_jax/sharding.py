@@ -300,8 +300,11 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+AHEAD = 2  # batches that wait on the devices
+
+
 def prefetch(
-    batches: Iterator[Any], mesh: Mesh, *, ahead: int = 2, stacked: bool = False
+    batches: Iterator[Any], mesh: Mesh, *, ahead: int = AHEAD, stacked: bool = False
 ) -> Iterator[Any]:
     """Places batches ``ahead`` of their use, so that copies hide behind the steps."""
     queue: collections.deque[Any] = collections.deque()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unet_jax import models, torch_weights
 from unet_jax.checkpoint import Meta, load_for_inference
@@ -251,7 +252,8 @@ def overlay(fresh: PyTree, taken: PyTree) -> PyTree:
             for key, value in fresh.items()
         }
     # A copy, because a donated state may not hold memory that others hold.
-    return jnp.copy(jax.device_put(taken, fresh.sharding))
+    # By way of the host, because what one process holds is no part of a global array.
+    return jnp.copy(jax.device_put(np.asarray(taken), fresh.sharding))
 
 
 def into(state: TrainState, variables: PyTree) -> TrainState:

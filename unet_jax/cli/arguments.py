@@ -21,8 +21,16 @@ def add_workdir(command: argparse.ArgumentParser, *, several: bool = False) -> N
 
 
 def workdirs(text: str) -> list[str]:
-    """``a,b`` as two workdirs; a folder whose name has a comma as itself."""
-    return [text] if os.path.isdir(text) else [part for part in text.split(",") if part]
+    """``a,b`` as two workdirs; a folder whose name has a comma as itself.
+
+    A workdir of folds or seeds is as many as there are.
+    """
+    from unet_jax.checkpoint import members_of
+
+    named = (
+        [text] if os.path.isdir(text) else [part for part in text.split(",") if part]
+    )
+    return [os.fspath(path) for name in named for path in members_of(name)]
 
 
 def add_tiles(command: argparse.ArgumentParser) -> None:
@@ -84,6 +92,8 @@ def mesh(arguments: argparse.Namespace) -> Any:
     """The mesh of ``--mesh``, or None where it is not given."""
     import re
 
+    import jax
+
     from unet_jax import sharding
     from unet_jax.types import InputError
 
@@ -95,7 +105,13 @@ def mesh(arguments: argparse.Namespace) -> Any:
             f"--mesh={arguments.mesh} must be two numbers of devices, DATAxSPACE, such"
             " as 1x8."
         )
-    return sharding.make_mesh(int(match[1]), int(match[2]))
+    data, space, there = int(match[1]), int(match[2]), len(jax.devices())
+    if not 1 <= data * space <= there:
+        raise InputError(
+            f"--mesh={arguments.mesh} needs {data * space} devices, but there are"
+            f" {there}: use --mesh=1x{there}, or less."
+        )
+    return sharding.make_mesh(data, space)
 
 
 def add_split(command: argparse.ArgumentParser) -> None:

@@ -35,7 +35,11 @@ def _run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out={arguments.out} must be a .png file.")
     config = flags.config(arguments)
     assert config is not None
-    # The picture does not depend on how many devices share a batch.
+    # The picture does not depend on how many devices share a batch, nor on how many
+    # examples do, which might be to be found.
+    batch_size = config["train"]["batch_size"] or arguments.examples
+    config["train"] = {**config["train"], "batch_size": max(batch_size, 1)}
+    config["model"] = {**config["model"], "remat": 0}
     wired = run.build(config, sharding.make_mesh(data=1))
     picture = preview.picture(wired, examples=arguments.examples, draws=arguments.draws)
     overlay.write(arguments.out, picture)
