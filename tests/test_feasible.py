@@ -30,7 +30,6 @@ class Mesh:
 
     def __init__(self, data, space):
         self.shape = {"data": data, "space": space}
-        self.size = data * space
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class Evaluation:
 
 
 def evaluate(
-    eval_step: Callable[[PyTree, Any], Mapping[str, Array]],
+    eval_step: Callable[[PyTree, Any], Mapping[str, Any]],
     variables: PyTree,
     batches: Iterable[Batch],
     *,
@@ -140,8 +140,8 @@ def evaluate(
         rows = np.flatnonzero(real)[: keep - len(kept)]
         if len(rows):
             # The rows that are real come first; the others stay where they are.
-            shown = jax.tree.map(lambda x: x[: len(rows)], out["shown"])  # noqa: B023
-            shown = sharding.fetch(shown)
+            parts = {name: x[: len(rows)] for name, x in out["shown"].items()}
+            shown = sharding.fetch(parts)
             kept += [{name: x[row] for name, x in shown.items()} for row in rows]
     order = np.argsort(np.concatenate(index), kind="stable")
     counts = np.concatenate(confusion)[order]
