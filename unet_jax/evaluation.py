@@ -15,7 +15,7 @@ from unet_jax.layers import crop
 from unet_jax.models import UNet
 from unet_jax.normalisation import Stats, normalise
 from unet_jax.training import any_weight, fit, trim
-from unet_jax.types import Array, Batch, LossFn, NumpyArray, PyTree, Task, choose
+from unet_jax.types import Batch, LossFn, NumpyArray, PyTree, Task, choose
 
 
 def make_eval_step(
