@@ -428,10 +428,10 @@ def test_build(task, normalisation):
     [
         (
             {"source": "cell"},
-            "source = 'cell' is not known: use one of cells, ctc, fold",
+            "source = 'cell' is not known: use one of cells, coco, ctc, fold",
         ),
         ({"task": "class"}, "use one of classes, labels"),
-        ({"normalisation": "z"}, "use one of example, range, standard"),
+        ({"normalisation": "z"}, "use one of auto, example, range, standard"),
         ({"train": "train[90%:80%]"}, "is empty"),
         (
             {"train": "train[:12]", "evaluation": "train[10:]"},
@@ -483,7 +483,7 @@ class _Opener:
     def __init__(self, parts):
         self.parts = parts
 
-    def open(self, *, split, root):
+    def open(self, *, split, root, links, on_error):
         return self.parts[split]
 
 
@@ -498,3 +498,75 @@ def test_importing_data_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "[]"
+
+
+class Rare(Numbered):
+    """One pixel of class 1 and four of class 2, at places that the example decides."""
+
+    label_names = ("background", "one", "two")
+
+    def __getitem__(self, i):
+        example = super().__getitem__(i)
+        label = np.zeros(self.sizes[i], np.uint8)
+        height, width = self.sizes[i]
+        label[height // 2, width - 1] = 1
+        label[0, :4] = 2
+        label[height - 1, 0] = 7  # of no class: nothing counts there
+        weight = (label != 7).astype(np.float32)
+        return {**example, "label": label, "weight": weight}
+
+
+@pytest.mark.parametrize("margin", [0, 2])
+@pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
+def test_the_asked_part_of_the_crops_holds_foreground(part, margin):
+    source = Rare((40, 40), (30, 50), (9, 41))
+    crop = (6, 6)
+    options = {"seed": 1, "batch_size": 50, "crop": crop, "margin": margin}
+    batches = _take(train_batches(source, foreground=part, threads=0, **options), 20)
+    label = np.concatenate([b["label"] for b in batches])
+    weight = np.concatenate([b["weight"] for b in batches])
+    # What a net with valid padding gives out is a margin smaller on each side.
+    inner = (slice(None),) + (slice(margin, 6 - margin),) * 2
+    shown = ((label[inner] > 0) & (weight[inner] > 0)).any((1, 2))
+    chance = np.concatenate(
+        [b["label"] for b in _take(train_batches(source, threads=0, **options), 20)]
+    )
+    by_chance = ((chance[inner] == 1) | (chance[inner] == 2)).any((1, 2)).mean()
+    expected = part + (1 - part) * by_chance
+    assert abs(shown.mean() - expected) < 0.05
+    if part == 1:
+        # Classes are drawn evenly, however many pixels they have.
+        assert 0.4 < (label[inner] == 1).any((1, 2)).mean() < 0.65
+        assert shown.all()
+
+
+def test_aimed_crops_are_a_function_of_the_step_and_the_same_for_all_rows():
+    source = Rare((40, 40), (30, 50), (20, 20))
+    options = {"seed": 5, "batch_size": 6, "crop": (8, 8), "foreground": 0.5}
+    whole = _take(train_batches(source, **options), 5)
+    later = _take(train_batches(source, start=3, threads=0, **options), 2)
+    _assert_same(whole[3:], later)
+    half = _take(train_batches(source, rows=slice(3, 6), **options), 5)
+    cut = [{key: array[3:] for key, array in batch.items()} for batch in whole]
+    _assert_same(cut, half)
+
+
+def test_aimed_crops_of_labels_and_of_examples_without_any():
+    source = Labelled(Rare((30, 30), (25, 31)), task="labels")
+    (batch,) = _take(
+        train_batches(source, seed=0, batch_size=40, crop=(5, 5), foreground=1.0), 1
+    )
+    assert (batch["label"] * (batch["weight"] > 0)).any((1, 2, 3)).all()
+    empty = Numbered((9, 9))
+    empty.label_names = ("background",)
+    plain = type(empty).__getitem__
+    nothing = type("Nothing", (Numbered,), {})
+    nothing.__getitem__ = lambda self, i: {
+        **plain(self, i),
+        "label": np.zeros(self.sizes[i], np.uint8),
+    }
+    options = {"seed": 0, "batch_size": 3, "crop": (5, 5), "threads": 0}
+    some = _take(train_batches(nothing((9, 9)), foreground=1.0, **options), 2)
+    _assert_same(some, _take(train_batches(nothing((9, 9)), **options), 2))
+    with pytest.raises(InputError, match="foreground = 2"):
+        train_batches(source, foreground=2, **options)

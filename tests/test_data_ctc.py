@@ -273,9 +273,41 @@ def test_build(tmp_path):
         data.build(**options, ctc={"sequence": "01"})
 
 
+def test_files_at_fault_are_left_out(tmp_path, caplog):
+    everything = write(tmp_path, masks=(0, 1, 2, 3))
+    place = tmp_path / "01_GT" / "SEG"
+    (tmp_path / "01" / "t000.tif").unlink()
+    save(place / "man_seg001.tif", np.zeros((8, 8), np.uint16))
+    (tmp_path / "01" / "t002.tif").write_bytes(b"no frame")
+    with pytest.raises(InputError, match=r"man_seg000\.tif has no frame"):
+        ctc.open(root=tmp_path, split="all")
+    with caplog.at_level(logging.WARNING, "unet_jax"):
+        source = ctc.open(root=tmp_path, split="all", on_error="skip")
+    assert [source.name(i) for i in range(len(source))] == ["01/t003.tif"]
+    np.testing.assert_array_equal(source.instances(0), everything[3])
+    assert f"3 faulty frames of {tmp_path} are left out. The first" in caplog.text
+    (tmp_path / "01" / "t003.tif").write_bytes(b"no frame")
+    with pytest.raises(InputError, match=r"All frames of .* are faulty"):
+        ctc.open(root=tmp_path, split="all", on_error="skip")
+
+
+@pytest.mark.parametrize(
+    "name", ["01/t001.tif", "01_GT/SEG/man_seg001.tif", "01_GT/TRA/man_track001.tif"]
+)
+def test_links_that_lead_out(tmp_path, name):
+    root = tmp_path / "root"
+    write(root)
+    (root / name).rename(tmp_path / "elsewhere.tif")
+    (root / name).symlink_to(tmp_path / "elsewhere.tif")
+    with pytest.raises(InputError, match=rf"{name} leads to .*links=True"):
+        ctc.open(root=root, split="all")
+    assert len(ctc.open(root=root, split="all", links=True)) == 2
+
+
 def test_config_has_every_option():
     keys = set(default.get_config().data.ctc.keys())
-    assert keys == set(inspect.signature(ctc.open).parameters) - {"root", "split"}
+    common = {"root", "split", "links", "on_error"}
+    assert keys == set(inspect.signature(ctc.open).parameters) - common
 
 
 # ---- bad input

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from unet_jax.data import folder
@@ -63,7 +64,7 @@ def test_split_folders(tmp_path):
     val = folder.open(root=tmp_path, split="val")
     assert val.name(0) == "val/images/d.png"
     # The one mask of val is empty; its classes are those of all splits all the same.
-    assert val.coding.foreground == 255
+    assert val.truth.coding.foreground == 255
     with pytest.raises(InputError, match=r"no split 'test': name one of .* train, val"):
         folder.open(root=tmp_path, split="test")
     os.remove(tmp_path / "val" / "masks" / "d.png")
@@ -100,6 +101,23 @@ def test_mixed_formats_channels_and_ignore(tmp_path):
     example = source[2]
     np.testing.assert_array_equal(example["weight"], [[1] * 8] + [[0] * 8] * 5)
     np.testing.assert_array_equal(example["label"], [[1] * 8] + [[0] * 8] * 5)
+
+
+def test_any_number_of_channels(tmp_path, rng):
+    fill(tmp_path, "ab")
+    for suffix in (".npy", ".tif"):
+        image = rng.integers(0, 256, (5, 6, 8), np.uint8)
+        for name in "ab":
+            for path in (tmp_path / "images").glob(f"{name}.*"):
+                path.unlink()
+            path = tmp_path / "images" / f"{name}{suffix}"
+            if suffix == ".npy":
+                np.save(path, image)
+            else:
+                tifffile.imwrite(path, image, photometric="minisblack")
+        source = folder.open(root=tmp_path, split="all", channels=5)
+        assert source.size(1) == (6, 8)
+        np.testing.assert_array_equal(source[1]["image"], np.moveaxis(image, 0, -1))
 
 
 def test_instances(tmp_path):
@@ -140,6 +158,242 @@ def test_mask_without_image_is_a_warning_line(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "unet_jax"):
         assert len(folder.open(root=tmp_path, split="all")) == 1
     assert "1 masks have no image" in caplog.text and "a.png" in caplog.text
+
+
+# ---- one file for each object
+
+
+def squares(root: Path, name: str, count: int, size: tuple[int, int] = (6, 8)) -> None:
+    """root/name/k.png, each a square that overlaps the one before in one column."""
+    (root / name).mkdir(parents=True)
+    for k in range(count):
+        mask = np.zeros(size, np.uint8)
+        mask[1:4, 2 * k : 2 * k + 3] = 255
+        save(root / name / f"{k}.png", mask)
+
+
+@pytest.mark.parametrize(
+    "masks", ["objects", "objects/*/*.png", "objects/[ab]?_*.png", "objects/*_*.png"]
+)
+def test_a_file_for_each_object(tmp_path, masks):
+    for name in ("a1", "b2"):
+        save(tmp_path / "images" / f"{name}.png", np.zeros((6, 8), np.uint8))
+    squares(tmp_path / "objects", "a1", 3)
+    squares(tmp_path / "objects", "b2", 1)
+    if "_" in masks:
+        for path in sorted(tmp_path.glob("objects/*/*.png")):
+            path.rename(path.parents[1] / f"{path.parent.name}_{path.name}")
+    source = folder.open(root=tmp_path, split="all", mask="objects", masks=masks)
+    expected = np.zeros((6, 8), np.int32)
+    expected[1:4] = [1, 1, 1, 2, 2, 3, 3, 0]
+    np.testing.assert_array_equal(source.instances(0), expected)
+    assert source.instances(0).dtype == np.int32
+    np.testing.assert_array_equal(source[0]["label"], expected > 0)
+    assert source[0]["label"].dtype == np.uint8 and "weight" not in source[0]
+    assert source.label_names == ("background", "foreground")
+    assert source.instances(1).max() == 1 and not source.overlapping
+
+
+def test_an_image_without_objects(tmp_path):
+    for name in "ab":
+        save(tmp_path / "images" / f"{name}.png", np.zeros((6, 8), np.uint8))
+    squares(tmp_path / "masks", "a", 2)
+    options = {"root": tmp_path, "split": "all", "mask": "objects"}
+    match = r"images.b\.png has no mask: put one file for each object in .*masks/\*/\*"
+    with pytest.raises(InputError, match=match):
+        folder.open(**options)
+    (tmp_path / "masks" / "b").mkdir()
+    source = folder.open(**options, ignore=7, label_names=("no", "yes"))
+    assert not source.instances(1).any() and not source[1]["label"].any()
+    assert (source[1]["weight"] == 1).all() and source.label_names == ("no", "yes")
+    mask = np.full((6, 8), 7, np.uint8)
+    mask[0] = 255
+    save(tmp_path / "masks" / "b" / "0.png", mask)
+    again = folder.open(**options, ignore=7)[1]
+    np.testing.assert_array_equal(again["label"], mask == 255)
+    np.testing.assert_array_equal(again["weight"], mask == 255)
+
+
+# ---- labels that overlap
+
+
+def planes(path: Path, array: np.ndarray) -> None:
+    """``[H, W, K]`` of zeros and ones, in the way that the ending means."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    elif path.suffix == ".tif":
+        pages = np.moveaxis(array * 255, -1, 0)
+        tifffile.imwrite(path, pages, photometric="minisblack")
+    else:
+        Image.fromarray(array * 255).save(path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "count"), [(".npy", 2), (".tif", 5), (".png", 3), (".png", 4)]
+)
+def test_planes(tmp_path, rng, suffix, count):
+    fill(tmp_path, "ab")
+    labels = rng.integers(0, 2, (2, 6, 8, count), np.uint8)
+    for name, label in zip("ab", labels, strict=True):
+        os.remove(tmp_path / "masks" / f"{name}.png")
+        planes(tmp_path / "masks" / f"{name}{suffix}", label)
+    source = folder.open(root=tmp_path, split="all", mask="planes")
+    assert source.overlapping
+    assert source.label_names == tuple(f"label_{k}" for k in range(1, count + 1))
+    for i in (0, 1):
+        np.testing.assert_array_equal(source[i]["label"], labels[i])
+        assert source[i]["label"].dtype == np.uint8 and "weight" not in source[i]
+    with pytest.raises(NoInstances, match=r"a\.png overlap"):
+        source.instances(0)
+    match = rf"a\{suffix} has {count} planes, but there are 1 labels, one: give every"
+    refused(match, tmp_path, mask="planes", label_names=("one",))
+
+
+def test_planes_ignore_each_its_own(tmp_path):
+    fill(tmp_path, "a")
+    mask = np.zeros((6, 8, 2), np.uint8)
+    mask[0, 0], mask[0, 1] = (1, 9), (9, 1)
+    os.remove(tmp_path / "masks" / "a.png")
+    np.save(tmp_path / "masks" / "a.npy", mask)
+    example = folder.open(root=tmp_path, split="all", mask="planes", ignore=9)[0]
+    np.testing.assert_array_equal(example["label"], mask == 1)
+    np.testing.assert_array_equal(example["weight"], mask != 9)
+    assert example["weight"].dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_a_folder_for_each_label(tmp_path, kind):
+    fill(tmp_path, "abc")
+    vessel, tumour = np.eye(6, 8, dtype=np.uint8), np.ones((6, 8), np.uint8)
+    tumour[0] = 3
+    for name in "ab":
+        save(tmp_path / "masks" / "vessel" / f"{name}.png", vessel * 255)
+    for name in "bc":
+        save(tmp_path / "tumours" / f"{name}_t.png", tumour)
+    table = kind({"vessel": "masks/vessel", "tumour": "tumours/*_t.png"}.items())
+    source = folder.open(root=tmp_path, split="all", label_masks=table, ignore=3)
+    assert source.overlapping and source.label_names == ("vessel", "tumour")
+    counted = (tumour != 3).astype(np.float32)
+    ones, zeros = np.ones((6, 8), np.float32), np.zeros((6, 8), np.float32)
+    for i, (label, weight) in enumerate(
+        [
+            ((vessel, zeros), (ones, zeros)),
+            ((vessel, counted), (ones, counted)),
+            ((zeros, counted), (zeros, counted)),
+        ]
+    ):
+        np.testing.assert_array_equal(source[i]["label"], np.stack(label, -1))
+        np.testing.assert_array_equal(source[i]["weight"], np.stack(weight, -1))
+        assert source[i]["label"].dtype == np.uint8
+    save(tmp_path / "images" / "d.png", vessel)
+    match = r"d\.png has no mask: add a file of the same stem in one of .*vessel, "
+    refused(match, tmp_path, label_masks=table)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"label_names": ("a",)}, "leave out `masks`, `mask`, `colors` and `lab"),
+        ({"mask": "index"}, "leave out `masks`"),
+        ({"masks": "m"}, "leave out `masks`"),
+        ({"label_masks": (("a", "masks"), ("a", "m"))}, "names the label 'a' twice"),
+        ({"label_masks": ("ab",)}, "'ab' in `label_masks` is not a label and its"),
+        ({"label_masks": (3,)}, "3 in `label_masks` is not a label and its"),
+        ({"label_masks": (("a", 3),)}, r"\('a', 3\) in `label_masks` is not"),
+        ({"label_masks": (("a", "no"),)}, "no does not exist: .* `label_masks`"),
+        ({"label_masks": (), "mask": "round"}, "'round' is not known: .*objects, pl"),
+        ({"label_masks": (), "mask": "planes", "colors": [(0, 0, 0)]}, "drop one"),
+        ({"label_masks": (), "mask": "objects", "masks": "**/*.png"}, "one [*] for"),
+        ({"label_masks": (), "mask": "objects", "masks": "m/*/*"}, "holds no masks"),
+    ],
+)
+def test_options_that_contradict(tmp_path, options, match):
+    fill(tmp_path)
+    refused(match, tmp_path, **{"label_masks": (("a", "masks"),), **options})
+
+
+# ---- links, and files that are left out
+
+
+def test_links_that_lead_out(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    fill(root)
+    fill(other)
+    for which in ("images", "masks"):
+        link = root / which / "c.png"
+        link.unlink()
+        link.symlink_to(other / which / "c.png")
+        refused(rf"{which}.c\.png leads to .*other.*, out of .*links=True", root)
+        assert len(folder.open(root=root, split="all", links=True)) == 4
+        link.unlink()
+        link.symlink_to(root / which / "d.png")
+    assert len(folder.open(root=root, split="all")) == 4
+    (root / "linked").symlink_to(other / "masks")
+    refused(r"linked.a\.png leads to", root, masks="linked")
+    refused(r"linked.a\.png leads to", root, label_masks=(("a", "linked"),))
+    squares(other / "objects", "a", 1)
+    (root / "objects").symlink_to(other / "objects")
+    only = {"images": "images/a.png", "masks": "objects/*/*.png", "mask": "objects"}
+    refused(r"objects.a.0\.png leads to", root, **only)
+    # What the user writes leads where it says.
+    assert len(folder.open(root=root, split="all", masks=str(other / "masks"))) == 4
+    assert len(folder.open(root=root, split="all", masks="../other/masks")) == 4
+
+
+def spoilt(root: Path) -> None:
+    """Of images a to h, all but a and h at fault, each in another way."""
+    fill(root, "abcdefgh")
+    os.remove(root / "masks" / "b.png")
+    (root / "images" / "c.png").write_bytes(b"no picture")
+    save(root / "masks" / "d.png", np.zeros((8, 6), np.uint8))
+    mask = root / "masks" / "e.png"
+    mask.write_bytes(mask.read_bytes()[:50])
+    (root / "images" / "f.png").unlink()
+    (root / "images" / "f.png").symlink_to("gone.png")
+    save(root / "images" / "g.bmp", np.zeros((6, 8), np.uint8))
+
+
+def test_files_at_fault_are_left_out(tmp_path, caplog):
+    spoilt(tmp_path)
+    with caplog.at_level(logging.WARNING, "unet_jax"):
+        source = folder.open(root=tmp_path, split="all", on_error="skip")
+    assert [source.name(i) for i in (0, 1)] == ["images/a.png", "images/h.png"]
+    assert len(source) == 2 and source[1]["label"].sum() == 7
+    (line,) = [
+        r.message for r in caplog.records if "are left out. The first" in r.message
+    ]
+    assert line.startswith(f"6 faulty images of {tmp_path}")
+    assert "g.bmp and" in line
+    halves = [
+        folder.open(root=tmp_path, split=split, on_error="skip")
+        for split in ("all[:50%]", "all[50%:]")
+    ]
+    assert [half.name(0) for half in halves] == ["images/a.png", "images/h.png"]
+    for name in ("a", "h"):
+        (tmp_path / "images" / f"{name}.png").write_bytes(b"")
+    match = r"All images of .* are faulty, 8 in number\. .*g\.png are both"
+    with pytest.raises(InputError, match=match):
+        folder.open(root=tmp_path, split="all", on_error="skip")
+    refused(r"data\.on_error = 'ask' is not known", tmp_path, on_error="ask")
+
+
+def test_masks_at_fault_are_left_out(tmp_path, rng):
+    for name in "abc":
+        save(tmp_path / "images" / f"{name}.png", np.zeros((6, 8), np.uint8))
+    (tmp_path / "masks" / "a").mkdir(parents=True)
+    (tmp_path / "masks" / "a" / "0.png").write_bytes(b"no picture")
+    squares(tmp_path / "masks", "c", 2)
+    options = {"root": tmp_path, "split": "all", "on_error": "skip"}
+    source = folder.open(**options, mask="objects")
+    assert [source.name(i) for i in range(len(source))] == ["images/c.png"]
+    (tmp_path / "planes").mkdir()
+    (tmp_path / "planes" / "a.npy").write_bytes(b"no array")
+    label = rng.integers(0, 2, (6, 8, 2), np.uint8)
+    np.save(tmp_path / "planes" / "b.npy", label)
+    source = folder.open(**options, mask="planes", masks="planes")
+    assert len(source) == 1 and source.label_names == ("label_1", "label_2")
+    np.testing.assert_array_equal(source[0]["label"], label)
 
 
 # ---- bad input: one sentence with the file's name and the remedy
@@ -244,6 +498,26 @@ def test_jpeg_masks(tmp_path, rng):
     np.testing.assert_array_equal(source[3]["label"], blob // 255)
 
 
+def test_soft_edges_and_transparency(tmp_path):
+    fill(tmp_path, "ab")
+    soft = np.linspace(0, 255, 48).astype(np.uint8).reshape(6, 8)
+    save(tmp_path / "masks" / "b.png", soft)
+    with pytest.raises(InputError, match=r"set `mask` to binary if .* soft edges"):
+        folder.open(root=tmp_path, split="all")
+    source = folder.open(root=tmp_path, split="all", mask="binary")
+    np.testing.assert_array_equal(source[1]["label"], soft >= 128)
+    for colour in (0, 255):
+        shape = np.full((6, 8, 4), colour, np.uint8)
+        shape[..., 3] = soft
+        save(tmp_path / "masks" / "b.png", shape)
+        for mask in ("auto", "binary", "index"):
+            refused(r"b\.png has one colour everywhere and", tmp_path, mask=mask)
+        shape[..., 3] = 255
+        save(tmp_path / "masks" / "b.png", shape)
+        source = folder.open(root=tmp_path, split="all", mask="binary")
+        assert (source[1]["label"] == colour // 255).all()
+
+
 # ---- the real nuclei
 
 
@@ -273,3 +547,20 @@ def test_dsb2018(channels):
         assert example["image"].shape == (*source.size(i), channels)
         assert 0 < example["label"].mean() < 0.9
         assert source.instances(i).max() > 1
+
+
+def test_dsb2018_by_object():
+    """The files of the objects give what the derived masks were made of."""
+    options = {"root": data("dsb2018"), "split": "all[20:28]", "channels": 1}
+    images = "stage1_train/*/images/*.png"
+    objects = folder.open(
+        images=images, masks="stage1_train/*/masks/*.png", mask="objects", **options
+    )
+    derived = folder.open(
+        images=images, masks="derived_labels", mask="instances", **options
+    )
+    assert len(objects) == len(derived) == 8
+    for i in range(8):
+        assert objects.name(i) == derived.name(i)
+        np.testing.assert_array_equal(objects.instances(i), derived.instances(i))
+        np.testing.assert_array_equal(objects[i]["label"], derived[i]["label"])

@@ -143,6 +143,74 @@ def test_tiff_layouts(tmp_path, rng, dtype):
             read(path)
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 16])
+def test_any_number_of_channels(tmp_path, rng, count):
+    pages = rng.integers(0, 65536, (count, 6, 7)).astype(np.uint16)
+    want = pages.transpose(1, 2, 0)
+    grey = {"photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "pages.tif", pages, **grey)
+    tifffile.imwrite(tmp_path / "planar.tif", pages, planarconfig="separate", **grey)
+    tifffile.imwrite(tmp_path / "last.tif", want, planarconfig="contig", **grey)
+    tifffile.imwrite(
+        tmp_path / "imagej.tif", pages, imagej=True, metadata={"axes": "CYX"}
+    )
+    tifffile.imwrite(tmp_path / "z.ome.tif", pages, ome=True, metadata={"axes": "ZYX"})
+    np.save(tmp_path / "first.npy", pages)
+    np.save(tmp_path / "last.npy", want)
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(images.read_image(path, channels=count), want)
+        assert images.image_size(path, channels=count) == (6, 7)
+    with pytest.raises(InputError, match=rf"set `channels` to {count} if the pages"):
+        images.read_image(tmp_path / "pages.tif", channels=count + 2)
+
+
+def test_which_axis_of_npy_is_channels(tmp_path, rng):
+    array = rng.integers(0, 256, (3, 4, 3), np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    for channels in (0, 3):  # as it is where both could be meant
+        np.testing.assert_array_equal(
+            images.read_image(tmp_path / "a.npy", channels=channels), array
+        )
+    np.save(tmp_path / "b.npy", array[:, :, :2])
+    assert images.read_image(tmp_path / "b.npy").shape == (3, 4, 2)
+    assert images.image_size(tmp_path / "b.npy") == (3, 4)
+    assert images.read_image(tmp_path / "b.npy", channels=3).shape == (4, 2, 3)
+    assert images.image_size(tmp_path / "b.npy", channels=3) == (4, 2)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_alpha_is_a_channel_where_four_are_asked_for(tmp_path, rng, suffix):
+    array = rng.integers(0, 256, (5, 7, 4), np.uint8)
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(array).save(path)
+    np.testing.assert_array_equal(images.read_image(path, channels=4), array)
+    np.testing.assert_array_equal(images.read_image(path, channels=3), array[..., :3])
+
+
+def test_planes(tmp_path, rng):
+    """A mask whose channels, or pages, are labels."""
+    array = rng.integers(0, 2, (5, 7, 4), np.uint8)
+    Image.fromarray(array).save(tmp_path / "rgba.png")
+    (tmp_path / "deep.png").write_bytes(png16(array.astype(np.uint16)))
+    tifffile.imwrite(
+        tmp_path / "pages.tif", array.transpose(2, 0, 1), photometric="minisblack"
+    )
+    np.save(tmp_path / "a.npy", array.astype(bool))
+    np.save(tmp_path / "b.npy", array.astype(np.float32))
+    for path in tmp_path.iterdir():
+        got = images.read_planes(path)
+        assert got.dtype.kind in "iu"
+        np.testing.assert_array_equal(got, array)
+        assert images.image_size(path, channels=-1) == (5, 7)
+    Image.fromarray(array[..., 0]).save(tmp_path / "one.png")
+    np.testing.assert_array_equal(
+        images.read_planes(tmp_path / "one.png"), array[..., :1]
+    )
+    np.save(tmp_path / "a.npy", array + 0.5)
+    with pytest.raises(InputError, match=r"a\.npy has the value .* whole numbers"):
+        images.read_planes(tmp_path / "a.npy")
+
+
 def test_compressed_tiff_without_extra_packages(tmp_path, rng):
     array = rng.integers(0, 256, (32, 32, 3), np.uint8)
     for compression in ("tiff_lzw", "tiff_deflate", "packbits"):

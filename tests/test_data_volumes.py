@@ -329,6 +329,38 @@ def test_mask_elsewhere_is_a_warning_line(tmp_path, rng, caplog):
     assert "v0.nii.gz" in caplog.text and "different places" in caplog.text
 
 
+@pytest.mark.parametrize("slices", [False, True])
+def test_files_at_fault_are_left_out(tmp_path, rng, caplog, slices):
+    cases(tmp_path, rng, 5)
+    (tmp_path / "labelsTr" / "v0.nii.gz").unlink()
+    (tmp_path / "imagesTr" / "v1.nii.gz").write_bytes(b"no volume")
+    nifti(tmp_path / "labelsTr" / "v2.nii.gz", np.zeros((4, 4, 4), np.uint8))
+    fractions = np.full((7, 6, 5), 0.5, np.float32)
+    nifti(tmp_path / "labelsTr" / "v3.nii.gz", fractions)
+    options = {"root": tmp_path, "split": "all", **MSD, "slices": slices}
+    with pytest.raises(InputError, match=r"v0\.nii\.gz has no mask"):
+        volumes.open(**options)
+    with caplog.at_level(logging.WARNING, "unet_jax"):
+        source = volumes.open(**options, on_error="skip")
+    assert len(source) == (8 if slices else 1) and source.name(0)[:11] == "imagesTr/v4"
+    assert f"4 faulty volumes of {tmp_path} are left out. The first" in caplog.text
+    assert source[0]["label"].max() == 2
+    (tmp_path / "imagesTr" / "v4.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(InputError, match=r"All volumes of .* are faulty"):
+        volumes.open(**options, on_error="skip")
+
+
+def test_links_that_lead_out(tmp_path, rng):
+    cases(tmp_path / "other", rng, 1)
+    root = tmp_path / "root"
+    root.mkdir()
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).symlink_to(tmp_path / "other" / folder)
+    with pytest.raises(InputError, match=r"v0\.nii\.gz leads to .*links=True"):
+        volumes.open(root=root, split="all", **MSD)
+    assert len(volumes.open(root=root, split="all", links=True, **MSD)) == 1
+
+
 # ---- the real stack and the real volumes
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from unet_jax.data.batches import eval_batches, train_batches
 from unet_jax.data.border import Bordered
+from unet_jax.data.keeping import Mapped, Skipping, skipped
 from unet_jax.data.plan import plan
 from unet_jax.data.source import (
     Cached,
@@ -25,13 +26,23 @@ from unet_jax.data.source import (
     Standardised,
 )
 from unet_jax.normalisation import KINDS
-from unet_jax.types import InputError, Shape, Task, choose
+from unet_jax.types import Example, InputError, Shape, Task, choose
 
-__all__ = ["Dataset", "Source", "build", "eval_batches", "plan", "train_batches"]
+__all__ = [
+    "Dataset",
+    "Source",
+    "build",
+    "eval_batches",
+    "plan",
+    "skipped",
+    "train_batches",
+]
 
 # Up to so many examples are all read and checked when they are opened.
 CHECK_AT_OPENING = 500
-SOURCES = ("cells", "folder", "volumes", "ctc", "tfds")
+SOURCES = ("cells", "folder", "volumes", "ctc", "coco", "nnunet", "tfds")
+FILES = ("folder", "volumes", "ctc", "coco", "nnunet")  # of which root is the folder
+ON_ERROR = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +70,11 @@ def build(
     evaluation: str,
     task: Task,
     root: str = "",
-    normalisation: str = "range",
-    cache_mb: float = 1000,
+    normalisation: str = "auto",
+    cache_mb: float = 500,
+    cache_dir: str = "",
+    on_error: str = "stop",
+    links: bool = False,
     resize: Shape = (),
     share: tuple[int, int] = (0, 1),
     border: Mapping[str, Any] | None = None,
@@ -68,21 +82,30 @@ def build(
     folder: Mapping[str, Any] | None = None,
     volumes: Mapping[str, Any] | None = None,
     ctc: Mapping[str, Any] | None = None,
+    coco: Mapping[str, Any] | None = None,
+    nnunet: Mapping[str, Any] | None = None,
     tfds: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Opens the training and the evaluation part of a data set.
 
     Args:
-        source: ``cells``, ``folder``, ``volumes``, ``ctc`` or ``tfds``.
+        source: ``cells``, ``folder``, ``volumes``, ``ctc``, ``coco``, ``nnunet`` or
+            ``tfds``.
         train, evaluation: splits (``data.split``), such as ``train[:80%]`` and
             ``train[80%:]``.
         task: ``classes`` or ``labels`` (the background is then no label).
-        root: where the files of ``folder``, ``volumes`` and ``ctc`` are; the TFDS
-            directory of ``tfds`` if its options name none; not used by ``cells``.
+        root: where the files are, of all sources that read some; the TFDS directory
+            of ``tfds`` if its options name none; not used by ``cells``.
         normalisation: ``example`` gives every image mean 0 and standard deviation 1
             here, at loading; the others leave it as stored, for the compiled step.
         cache_mb: memory for decoded examples, in 2^20 bytes, training and evaluation
             together, shared by the number of examples; 0 keeps none.
+        cache_dir: instead, a folder that they are kept in (`keeping.Mapped`), whatever
+            their number: each is decoded once.
+        on_error: what becomes of an example that cannot be read: ``stop`` raises the
+            sentence that names it, ``skip`` lets it count nowhere (`keeping.Skipping`)
+            or, found when the source is opened, leaves it out.
+        links: whether files may be links that lead out of the root.
         resize: the spatial size that every example is brought to (`Resized`); () leaves
             them as they are.
         share: which process this is, of how many: each checks its part of the examples.
@@ -90,8 +113,9 @@ def build(
             which turns it on unless it is 0. It changes weights and, at its gaps,
             labels of the training part; metrics count the truth as it is, so the
             evaluation part stays without.
-        cells, folder, volumes, ctc, tfds: options of the source of that name. Those of
-            the chosen source are passed to its ``open``, the others are not looked at.
+        cells, folder, volumes, ctc, coco, nnunet, tfds: options of the source of that
+            name. Those of the chosen source are passed to its ``open``, the others are
+            not looked at.
 
     Returns:
         The data set. Up to `CHECK_AT_OPENING` examples have all been read and checked;
@@ -104,20 +128,23 @@ def build(
     choose(SOURCES, source, "data.source =")
     choose(get_args(Task), task, "task =")
     choose(KINDS, normalisation, "data.normalisation =")
+    choose(ON_ERROR, on_error, "data.on_error =")
     given = {
         "cells": cells,
         "folder": folder,
         "volumes": volumes,
         "ctc": ctc,
+        "coco": coco,
+        "nnunet": nnunet,
         "tfds": tfds,
     }
     options = dict(given[source] or {})
-    if source in ("folder", "volumes", "ctc"):
+    if source in FILES:
         if not root:
             raise InputError(
                 f"The source {source!r} needs a folder: give --config.data.root=DIR."
             )
-        options["root"] = root
+        options |= {"root": root, "links": links, "on_error": on_error}
     elif source == "tfds" and root and not options.get("data_dir"):
         options["data_dir"] = root
     module = importlib.import_module(f"unet_jax.data.{source}")
@@ -131,7 +158,8 @@ def build(
     if train != evaluation:
         _check_apart(parts, (train, evaluation))
     names = _label_names(parts, (train, evaluation), source)
-    first = parts[0][0]["image"]
+    like = parts[0][0] if on_error == "stop" else _first_readable(parts[0], train)
+    first = like["image"]
     channels, rank = first.shape[-1], first.ndim - 1
     sources: list[Source] = [
         Checked(
@@ -143,13 +171,19 @@ def build(
         )
         for part in parts
     ]
+    if on_error == "skip":
+        sources = [Skipping(part, like) for part in sources]
     if resize:
         sources = [Resized(part, resize) for part in sources]
     if border:
         sources[0] = _bordered(sources[0], border)
     if normalisation == "example":
         sources = [Standardised(part) for part in sources]
-    parts = [Labelled(part, task=task) for part in _cache(sources, cache_mb)]
+    if cache_dir:
+        sources = [Mapped(part, cache_dir) for part in sources]
+    else:
+        sources = list(_cache(sources, cache_mb))
+    parts = [Labelled(part, task=task) for part in sources]
     dtypes = {part[0]["image"].dtype for part in parts}
     if sum(map(len, parts)) <= CHECK_AT_OPENING:
         # A bad file of a small data set is found before the training and not in it.
@@ -164,6 +198,20 @@ def build(
         channels=channels,
         rank=rank,
         dtype=dtypes.pop(),
+    )
+
+
+def _first_readable(part: Source, split: str) -> Example:
+    """The first example that can be read."""
+    why = ""
+    for i in range(len(part)):
+        try:
+            return part[i]
+        except InputError as error:
+            why = why or str(error)
+    raise InputError(
+        f"No example of the split {split!r} can be read. {why} With data.on_error=skip "
+        "at least one must be whole."
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unet_jax.data.source import NoInstances, Source, Wrapper
+from unet_jax.data.source import NoInstances, Source, Wrapper, overlapping
 from unet_jax.types import Example, InputError, NumpyArray, Shape
 
 _LOG = logging.getLogger("unet_jax")
@@ -206,7 +206,7 @@ class Bordered(Wrapper):
             any time.
 
     Raises:
-        InputError: an option outside its range.
+        InputError: an option outside its range, or labels that overlap.
     """
 
     def __init__(
@@ -222,6 +222,11 @@ class Bordered(Wrapper):
         cache: str = "",
     ) -> None:
         super().__init__(source)
+        if w0 and overlapping(source):
+            raise InputError(
+                "data.border needs one class a pixel, and these labels overlap: leave "
+                "data.border.w0 out."
+            )
         if not most > 0:
             raise InputError(f"most = {most} must be above 0: leave it out for 10.")
         self.w0, self.sigma, self.spacing = float(w0), float(sigma), tuple(spacing)

@@ -22,14 +22,16 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from unet_jax.data import split as splits
-from unet_jax.data.folder import CHECK_AT_OPENING, WHOLE, Pair, relative, same_size
+from unet_jax.data import trust
+from unet_jax.data.faults import Faults
+from unet_jax.data.folder import CHECK_AT_OPENING
+from unet_jax.data.pairs import WHOLE, Pair, passing, relative, same_size
 from unet_jax.data.stacks import read_mask, read_volume, volume_size
 from unet_jax.types import Example, InputError, NumpyArray, Shape, choose
 
@@ -46,6 +48,11 @@ class Frame(NamedTuple):
     pages: tuple[tuple[int, Path], ...]  # else: masks of some
     markers: Path | None
 
+    def files(self) -> list[Path]:
+        """All of them."""
+        masks = [self.whole, *(path for _, path in self.pages), self.markers]
+        return [self.image, *(path for path in masks if path is not None)]
+
 
 class Ctc:
     """A source of annotated frames; see `open`.
@@ -53,6 +60,7 @@ class Ctc:
     Args:
         frames: in their order.
         root: what names are relative to.
+        shapes: (D, H, W) of each.
         truth, label_names, complete, unknown, spacing, channels: as for `open`.
     """
 
@@ -61,6 +69,7 @@ class Ctc:
         frames: Sequence[Frame],
         root: Path,
         *,
+        shapes: Sequence[Shape],
         truth: str,
         label_names: tuple[str, ...],
         complete: bool,
@@ -72,12 +81,9 @@ class Ctc:
         self.label_names = label_names
         self.truth, self.complete, self.unknown = truth, complete, unknown
         self.channels = channels
-        self._shapes: dict[int, Shape] = {}
-        if len(self.frames) <= CHECK_AT_OPENING:
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(self._check, range(len(self.frames))))
+        self._shapes = tuple(shapes)
         # Of volumes there may be one whose other pages are empty and left out.
-        self.rank = 3 if any(self._shape(i)[0] > 1 for i in range(len(self))) else 2
+        self.rank = 3 if any(shape[0] > 1 for shape in shapes) else 2
         self.spacing = spacing or (1.0,) * self.rank
         if len(self.spacing) != self.rank or not min(self.spacing) > 0:
             raise InputError(
@@ -107,7 +113,7 @@ class Ctc:
 
     def size(self, i: int, /) -> Shape:
         """(H, W) or (D, H, W), from the frame's header."""
-        return self._shape(i)[3 - self.rank :]
+        return self._shapes[i][3 - self.rank :]
 
     def instances(self, i: int, /) -> NumpyArray:
         """``i32[*S]`` the numbers of the annotated cells, 0 elsewhere.
@@ -117,28 +123,9 @@ class Ctc:
         instances, _ = self._annotation(i)
         return instances[0] if self.rank == 2 else instances
 
-    def _shape(self, i: int) -> Shape:
-        if i not in self._shapes:
-            self._shapes[i] = volume_size(self.frames[i].image)[0]
-        return self._shapes[i]
-
-    def _check(self, i: int) -> None:
-        """Compares the headers of a frame's files."""
-        frame, shape = self.frames[i], self._shape(i)
-        for path in (frame.whole, frame.markers):
-            if path is not None:
-                _same_size(frame.image, path, shape)
-        for page, path in frame.pages:
-            if page >= shape[0]:
-                raise InputError(
-                    f"{path} is the mask of page {page}, but {frame.image} has "
-                    f"{shape[0]} pages, counted from 0: mend the mask's name."
-                )
-            _same_size(frame.image, path, (1, *shape[1:]))
-
     def _annotation(self, i: int) -> tuple[NumpyArray, NumpyArray]:
         """(numbers of cells ``i32[D, H, W]``, which pages are annotated ``bool[D]``)"""
-        frame, shape = self.frames[i], self._shape(i)
+        frame, shape = self.frames[i], self._shapes[i]
         if frame.whole is not None:
             return _numbers(frame.whole), np.ones(shape[0], bool)
         instances, annotated = np.zeros(shape, np.int32), np.zeros(shape[0], bool)
@@ -174,6 +161,8 @@ def open(
     unknown: float = 0.0,
     spacing: Sequence[float] = (),
     channels: int = 0,
+    links: bool = False,
+    on_error: str = "stop",
 ) -> Ctc:
     """Opens the annotated frames of Cell Tracking Challenge sequences.
 
@@ -200,6 +189,7 @@ def open(
         spacing: size of a pixel along each axis; () is 1. Volumes mostly have thicker
             pages than pixels are wide.
         channels: 1 or 3 converts every frame, 0 keeps the files' channels.
+        links, on_error: as for `folder.open`.
 
     Raises:
         InputError: a folder that is not there, a mask without its frame, files of
@@ -214,15 +204,27 @@ def open(
             f"data.ctc.label_names = {names} must be two names and data.ctc.unknown = "
             f"{unknown} 0 or more: mend what is not, or leave it out."
         )
+    faults = Faults(on_error, f"frames of {root}")
     frames: list[Frame] = []
     skipped = 0
     for sequence in _sequences(root, name, sequences, truth):
-        annotated, others = _frames(root, sequence, truth)
+        annotated, others = _frames(root, sequence, truth, faults)
         frames += annotated
         skipped += others
     if skipped:
         _LOG.warning("%d frames in %s have no mask and are left out", skipped, root)
+    if not frames:
+        faults.report(0)
     frames = list(splits.take(frames, select(len(frames))))
+    trust.check_links(root, (p for frame in frames for p in frame.files()), links=links)
+    compare = len(frames) <= CHECK_AT_OPENING
+    shapes: dict[Frame, Shape] = {}
+
+    def check(frame: Frame) -> None:
+        shapes[frame] = _shape(frame, compare=compare)
+
+    frames = passing(frames, check, faults)
+    faults.report(len(frames))
     bare = [f for f in frames if not (complete or f.markers or _whole(f, truth))]
     if bare:
         _LOG.warning(
@@ -235,6 +237,7 @@ def open(
     return Ctc(
         frames,
         root,
+        shapes=[shapes[frame] for frame in frames],
         truth=truth,
         label_names=names,
         complete=complete,
@@ -270,7 +273,9 @@ def _sequences(
     return asked
 
 
-def _frames(root: Path, sequence: str, truth: str) -> tuple[list[Frame], int]:
+def _frames(
+    root: Path, sequence: str, truth: str, faults: Faults
+) -> tuple[list[Frame], int]:
     """(the annotated frames of a sequence, how many others there are)."""
     images = _files(root / sequence, r"t(\d+)\.tif")
     place = root / f"{sequence}_{truth}" / "SEG"
@@ -289,10 +294,11 @@ def _frames(root: Path, sequence: str, truth: str) -> tuple[list[Frame], int]:
     for number in numbers:
         if (number,) not in images:
             path = whole.get((number,)) or of_frame[number][0][1]
-            raise InputError(
+            error = InputError(
                 f"The mask {path} has no frame {root / sequence}/t{number:03}.tif: add "
                 "the frame, or take the mask away."
             )
+            faults.add(error)
     frames = [
         Frame(
             images[(number,)],
@@ -302,6 +308,7 @@ def _frames(root: Path, sequence: str, truth: str) -> tuple[list[Frame], int]:
             markers.get((number,)),
         )
         for number in numbers
+        if (number,) in images
     ]
     return frames, len(images) - len(frames)
 
@@ -312,6 +319,24 @@ def _files(place: Path, rule: str) -> dict[tuple[int, ...], Path]:
         return {}
     matches = ((re.fullmatch(rule, path.name), path) for path in place.iterdir())
     return {tuple(map(int, m.groups())): path for m, path in matches if m}
+
+
+def _shape(frame: Frame, *, compare: bool) -> Shape:
+    """(D, H, W) of a frame's header, compared with those of its masks and markers."""
+    shape = volume_size(frame.image)[0]
+    if not compare:
+        return shape
+    for path in (frame.whole, frame.markers):
+        if path is not None:
+            _same_size(frame.image, path, shape)
+    for page, path in frame.pages:
+        if page >= shape[0]:
+            raise InputError(
+                f"{path} is the mask of page {page}, but {frame.image} has {shape[0]} "
+                "pages, counted from 0: mend the mask's name."
+            )
+        _same_size(frame.image, path, (1, *shape[1:]))
+    return shape
 
 
 def _same_size(image: Path, mask: Path, shape: Shape) -> None:

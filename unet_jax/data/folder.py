@@ -5,91 +5,121 @@ Three layouts::
     root/images/a.png  root/masks/a.png              the default
     root/train/images/a.png  root/train/masks/a.png  the split's name picks the folder
     root/*/images/a.png  root/*/masks/a.png          any other, by glob
+
+`pairs` finds the files, `truth` reads the masks of one image.
 """
 
-import contextlib
-import glob
-import logging
-import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any
 
 from unet_jax.data import images as image_files
 from unet_jax.data import masks as mask_codings
 from unet_jax.data import split as splits
-from unet_jax.data.masks import Coding
-from unet_jax.data.source import NoInstances
-from unet_jax.types import Example, InputError, NumpyArray, Shape, size_text
+from unet_jax.data.faults import Faults
+from unet_jax.data.pairs import (
+    WHOLE,
+    Entry,
+    Pair,
+    find_labels,
+    find_objects,
+    find_pairs,
+    passing,
+    relative,
+    same_size,
+)
+from unet_jax.data.truth import (
+    Labels,
+    Objects,
+    One,
+    Planes,
+    Truth,
+    objects,
+    read_mask,
+)
+from unet_jax.types import Example, InputError, NumpyArray, Shape
 
-_LOG = logging.getLogger("unet_jax")
+__all__ = [
+    "CHECK_AT_OPENING",
+    "WHOLE",
+    "Folder",
+    "Pair",
+    "find_pairs",
+    "objects",
+    "open",
+    "relative",
+    "same_size",
+]
 
-# What the one list of a root without split folders may be called.
-WHOLE = ("all", "train")
-
-# With more pairs than this, sizes are compared when an example is read and not before.
+# With more mask files than this, sizes are compared when an example is read and not
+# before.
 CHECK_AT_OPENING = 3000
 
-
-class Pair(NamedTuple):
-    """An image file and its mask file."""
-
-    image: Path
-    mask: Path
+KINDS = (*mask_codings.KINDS, "objects", "planes")
 
 
 class Folder:
-    """A source of 2-D examples from image files and mask files; see `open`."""
+    """A source of 2-D examples from image files and mask files; see `open`.
+
+    Args:
+        entries: the files of each example.
+        root: what names are relative to.
+        truth: how the mask files are read.
+        channels: as for `open`.
+        sizes: (H, W) of the images of which it is known.
+    """
 
     def __init__(
-        self, pairs: Sequence[Pair], root: Path, *, coding: Coding, channels: int
+        self,
+        entries: Sequence[Entry],
+        root: Path,
+        *,
+        truth: Truth,
+        channels: int,
+        sizes: Mapping[Path, Shape] | None = None,
     ) -> None:
-        self.pairs, self.root = tuple(pairs), root
-        self.coding, self.channels = coding, channels
-        self._sizes: dict[int, Shape] = {}
-        if len(self.pairs) <= CHECK_AT_OPENING:
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(self._check_size, range(len(self.pairs))))
+        self.entries, self.root = tuple(entries), root
+        self.truth, self.channels = truth, channels
+        self._sizes = dict(sizes or {})
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        return self.coding.label_names
+        return self.truth.label_names
+
+    @property
+    def overlapping(self) -> bool:
+        return self.truth.overlapping
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.entries)
 
     def __getitem__(self, i: int, /) -> Example:
-        pair = self.pairs[i]
-        image = image_files.read_image(pair.image, channels=self.channels)
-        mask = image_files.read_mask(pair.mask)
-        same_size(pair, image.shape[:2], mask.shape[:2])
-        label, weight = self.coding.decode(mask, str(pair.mask))
+        entry = self.entries[i]
+        image = image_files.read_image(entry.image, channels=self.channels)
+        label, weight = self.truth.read(entry, image.shape[:2])
         if weight is None:
             return {"image": image, "label": label}
         return {"image": image, "label": label, "weight": weight}
 
     def name(self, i: int, /) -> str:
         """The image's path below the root."""
-        return relative(self.pairs[i].image, self.root)
+        return relative(self.entries[i].image, self.root)
 
     def size(self, i: int, /) -> Shape:
         """(H, W), from the image's header."""
-        if i not in self._sizes:
-            self._sizes[i] = image_files.image_size(self.pairs[i].image)
-        return self._sizes[i]
+        path = self.entries[i].image
+        if path not in self._sizes:
+            self._sizes[path] = image_files.image_size(path, channels=self.channels)
+        return self._sizes[path]
 
     def instances(self, i: int, /) -> NumpyArray:
-        """The `objects` of a mask, ``i32[H, W]``; there are with mask="instances"."""
-        path = self.pairs[i].mask
-        return objects(image_files.read_mask(path), self.coding, str(path))
+        """The numbers of objects, ``i32[H, W]``.
 
-    def _check_size(self, i: int) -> None:
-        same_size(
-            self.pairs[i], self.size(i), image_files.image_size(self.pairs[i].mask)
-        )
+        There are with mask="instances", as stored, and with mask="objects", where k is
+        the k-th file of the image.
+        """
+        return self.truth.instances(self.entries[i], self.size(i))
 
 
 def open(
@@ -99,16 +129,19 @@ def open(
     images: str = "images",
     masks: str = "masks",
     mask: str = "auto",
+    label_masks: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     colors: Sequence[Sequence[int]] = (),
     label_names: Sequence[str] = (),
     channels: int = 0,
     ignore: int = -1,
+    links: bool = False,
+    on_error: str = "stop",
 ) -> Folder:
     """Opens images and masks in folders.
 
     Args:
         root: the folder everything is under.
-        split: a name, and if wanted a part of the list of pairs sorted by stem
+        split: a name, and if wanted a part of the list of images sorted by stem
             (`split.parse`). If ``root/<name>/`` holds the folder ``images``, the
             list is that folder's; otherwise ``all`` and ``train`` mean the one list.
         images, masks: a folder, or a glob such as ``"*/images/*.png"``, below the root.
@@ -117,234 +150,155 @@ def open(
             ``masks="masks/*_mask.png"`` pairs ``a_mask.png`` with ``a``.
         mask: what the masks hold (see `masks`): auto, binary, index, instances (> 0 is
             foreground) or colors. auto looks at the masks of all splits, so that they
-            agree on the classes.
+            agree on the classes. Or how they are kept:
+
+            ``objects``: one black and white file for each object. An image has those
+            files for which the first wildcards of ``masks`` stand for its stem, as in
+            ``"*/masks/*.png"``; a folder means ``"<masks>/*/*"``. Object k is the k-th
+            file by name, the first of several on one pixel counts, and an image whose
+            folder of objects is empty is all background.
+
+            ``planes``: one file whose channels, or the pages of a TIFF, are labels that
+            may overlap, each black and white.
+        label_masks: instead of ``masks``, (label, folder or glob) for each of several
+            labels that may overlap; their files are black and white and each paired as
+            masks are. Of an image that has files of some labels, the others are not
+            annotated, which is weight 0.
         colors: the RGB colour of each class.
-        label_names: the name of each class id; empty: made from the masks.
-        channels: 1 or 3 converts every image, 0 keeps the files' channels.
+        label_names: the name of each class id, or of each plane; empty: made from the
+            masks.
+        channels: 1 or 3 converts every image, 0 keeps the files' channels; any other
+            number is that of files which have as many (see `images.read_image`).
         ignore: the mask value that gets weight 0; -1: none.
+        links: whether files may be links that lead out of the root.
+        on_error: ``stop`` raises what is wrong with the first file that cannot be read
+            or paired; ``skip`` leaves out those that are found at opening (of more than
+            3000 mask files, only the values of some are looked at), and says so.
 
     Raises:
         InputError: nothing there, an image without mask, an unreadable file, an image
-            and a mask of different sizes, or masks whose values no rule explains.
+            and a mask of different sizes, masks whose values no rule explains, or
+            options that contradict each other.
     """
     root = Path(root).expanduser()
     name, select = splits.parse(split)
-    pairs, every_mask = find_pairs(
-        root, name, images=images, masks=masks, suffixes=image_files.SUFFIXES
-    )
-    pairs = splits.take(pairs, select(len(pairs)))
-    coding = mask_codings.choose(
-        every_mask,
-        image_files.read_mask,
-        mask=mask,
-        colors=colors,
-        label_names=label_names,
-        ignore=ignore,
-    )
-    return Folder(pairs, root, coding=coding, channels=channels)
-
-
-def find_pairs(
-    root: Path, name: str, *, images: str, masks: str, suffixes: Sequence[str]
-) -> tuple[list[Pair], list[Path]]:
-    """The pairs of one split, and the masks of all splits that are folders of the root.
-
-    Args:
-        root: the folder everything is under.
-        name: the split's name.
-        images, masks: as for `open`; each may also name a single file.
-        suffixes: the endings that count, in lower case.
-
-    Returns:
-        ``(pairs, every mask)``, the pairs sorted by stem.
-
-    Raises:
-        InputError: see `open`.
-    """
-    if not root.is_dir():
-        raise InputError(f"The folder {root} does not exist: check `data.root`.")
-    parts = [p for p in sorted(root.iterdir()) if p.is_dir() and _exists(p, images)]
-    if root / name in parts:
-        pairs = _pairs(root / name, images, masks, suffixes)
-        every = [pair.mask for pair in pairs]
-        for part in parts:
-            # Another split's faults are that split's to report.
-            with contextlib.suppress(InputError):
-                if part != root / name:
-                    every += _files(part, masks, suffixes, "mask").values()
-        return pairs, every
-    if parts and not _exists(root, images):
-        have = ", ".join(part.name for part in parts)
+    if mask not in KINDS:
+        raise InputError(f"mask={mask!r} is not known: choose {', '.join(KINDS)}.")
+    if colors and mask not in ("auto", "colors"):
+        raise InputError(f"`colors` needs mask='colors', not {mask!r}: drop one.")
+    table = _label_masks(label_masks)
+    plain = mask in ("auto", "binary") and masks == "masks"
+    if table and (not plain or colors or label_names):
         raise InputError(
-            f"{root} has no split {name!r}: name one of its folders, {have}, perhaps "
-            f"with a part such as {parts[0].name}[:80%]."
+            "`label_masks` names the labels and their black and white files: leave out "
+            "`masks`, `mask`, `colors` and `label_names`."
         )
-    if name not in WHOLE:
-        raise InputError(
-            f"{root} has no folder {name!r} to be that split: name a part of its one"
-            " list, such as train[:80%] and train[80%:], or all[-20:]."
-        )
-    pairs = _pairs(root, images, masks, suffixes)
-    return pairs, [pair.mask for pair in pairs]
-
-
-def same_size(pair: Pair, image: Shape, mask: Shape) -> None:
-    """Raises InputError if the two spatial shapes differ."""
-    if image != mask:
-        raise InputError(
-            f"{pair.image} has the size {size_text(image)}, but its mask {pair.mask} "
-            f"{size_text(mask)} (rows first): give them the same size."
-        )
-
-
-def objects(mask: NumpyArray, coding: Coding, name: str) -> NumpyArray:
-    """The numbers of objects in a mask of the kind ``instances``.
-
-    Args:
-        mask: ``[*S]`` whole numbers as stored.
-        coding: how the masks are read.
-        name: the mask file, for messages.
-
-    Returns:
-        ``i32[*S]`` as stored, 0 where the mask says that nothing is annotated.
-
-    Raises:
-        NoInstances: masks of another kind, whose numbers are classes.
-        InputError: the mask is coloured.
-    """
-    if coding.kind != "instances":
-        raise NoInstances(
-            f"The mask {name} is read as classes ({coding.kind}): set `mask` to "
-            "instances if each object has its own number."
-        )
-    if mask.ndim != coding.rank:
-        raise InputError(
-            f"The mask {name} is coloured: save one number for each object."
-        )
-    mask = mask.astype(np.int32)
-    return np.where(mask == coding.ignore, 0, mask)
-
-
-def relative(path: Path, root: Path) -> str:
-    """The path below the root with forward slashes; as it is if not below."""
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-
-
-def _pairs(base: Path, images: str, masks: str, suffixes: Sequence[str]) -> list[Pair]:
-    mask_files = _files(base, masks, suffixes, "mask")
-    image_files = _files(base, images, suffixes, "image")
-    # One folder may hold both, told apart by globs of which one matches all.
-    if images != masks:
-        taken = set(mask_files.values())
-        image_files = {k: p for k, p in image_files.items() if p not in taken}
-    if (base / images).is_file() and (base / masks).is_file():
-        return [Pair(base / images, base / masks)]
-    if not image_files:
-        raise _nothing(base, images, suffixes, "image")
-    missing = sorted(image_files.keys() - mask_files.keys())
-    if missing:
-        raise _no_mask(missing, image_files, mask_files, base / masks)
-    spare = sorted(mask_files.keys() - image_files.keys())
-    if spare:
-        _LOG.warning(
-            "%d masks have no image and are left out, such as %s",
-            len(spare),
-            mask_files[spare[0]],
-        )
-    return [Pair(image_files[key], mask_files[key]) for key in sorted(image_files)]
-
-
-def _files(
-    base: Path, pattern: str, suffixes: Sequence[str], what: str
-) -> dict[str, Path]:
-    """Stem -> file, for a folder, a file or a glob below the base."""
-    place = base / pattern
-    if place.is_dir():
-        found = [p for p in place.iterdir() if not p.name.startswith(".")]
-        keys = {p: _stem(p.name, suffixes) for p in found}
-    elif place.is_file():
-        keys = {place: _stem(place.name, suffixes)}
-    elif glob.has_magic(pattern):
-        names = glob.glob(pattern, root_dir=base, recursive=True)
-        keys = {base / n: _wild(n, pattern) for n in names}
+    faults = Faults(on_error, f"images of {root}")
+    where: dict[str, Any] = {
+        "images": images,
+        "suffixes": image_files.SUFFIXES,
+        "faults": faults,
+        "links": links,
+    }
+    every_mask: list[Path] = []
+    if table:
+        entries = find_labels(root, name, label_masks=table, **where)
+    elif mask == "objects":
+        entries = find_objects(root, name, masks=masks, **where)
     else:
-        raise InputError(
-            f"{place} does not exist: put the {what}s there, or name another folder or "
-            f"a glob below {base} in the option `{what}s`."
-        )
-    files: dict[str, Path] = {}
-    for path, key in sorted(keys.items()):
-        if not path.name.lower().endswith(tuple(suffixes)) or path.is_dir():
-            continue
-        if key in files:
+        pairs, every_mask = find_pairs(root, name, masks=masks, **where)
+        entries = [Entry(pair.image, (pair.mask,)) for pair in pairs]
+    entries = splits.take(entries, select(len(entries)))
+    unreadable: dict[Path, InputError] = {}
+    choose = functools.partial(
+        mask_codings.choose, every_mask, read_mask, colors=colors, ignore=ignore
+    )
+    truth: Truth
+    if table:
+        truth = Labels(choose(mask="binary"), tuple(table))
+    elif mask == "planes":
+        names = tuple(label_names) or _plane_names(every_mask, faults)
+        truth = Planes(choose(mask="binary"), names)
+    elif mask == "objects":
+        truth = Objects(choose(mask="binary", label_names=label_names))
+    else:
+        into = unreadable if faults.on_error == "skip" else None
+        truth = One(choose(mask=mask, label_names=label_names, unreadable=into))
+    sizes: dict[Path, Shape] = {}
+    entries = _usable(entries, truth, channels, unreadable, faults, sizes)
+    faults.report(len(entries))
+    return Folder(entries, root, truth=truth, channels=channels, sizes=sizes)
+
+
+def _label_masks(
+    given: Mapping[str, str] | Sequence[tuple[str, str]],
+) -> dict[str, str]:
+    """Label -> folder or glob, in the order given."""
+    items: Any = getattr(given, "items", lambda: given)()
+    table: dict[str, str] = {}
+    for item in items:
+        if (
+            not isinstance(item, tuple | list)
+            or len(item) != 2
+            or not all(isinstance(text, str) and text for text in item)
+        ):
             raise InputError(
-                f"{files[key]} and {path} are both the {what} {key!r}: keep one of "
-                "them, or tell them apart by a glob."
+                f"{item!r} in `label_masks` is not a label and its folder or glob: "
+                "write it like ('vessel', 'masks/vessel')."
             )
-        files[key] = path
-    if not files:
-        raise _nothing(base, pattern, suffixes, what)
-    return files
-
-
-def _stem(name: str, suffixes: Sequence[str]) -> str:
-    # the longest first, so that a.nii.gz loses both endings
-    for suffix in sorted(suffixes, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
-
-
-def _wild(name: str, pattern: str) -> str:
-    """What the wildcards of the pattern's last part that has any stand for."""
-    names, parts = Path(name).parts, Path(pattern).parts
-    for found, part in zip(reversed(names), reversed(parts), strict=False):
-        pieces = re.split(r"(\*+|\?|\[[^\]]*\])", part)
-        if len(pieces) > 1:
-            rule = "".join(
-                f"({_wildcard(p)})" if i % 2 else re.escape(p)
-                for i, p in enumerate(pieces)
+        label, pattern = item
+        if label in table:
+            raise InputError(
+                f"`label_masks` names the label {label!r} twice: give each its own "
+                "name."
             )
-            match = re.fullmatch(rule, found, re.DOTALL)
-            return "".join(match.groups()) if match else found
-    return name
+        table[label] = pattern
+    return table
 
 
-def _wildcard(piece: str) -> str:
-    if piece[0] == "*":
-        return ".*"
-    return "." if piece == "?" else piece.replace("[!", "[^")
-
-
-def _exists(base: Path, pattern: str) -> bool:
-    if glob.has_magic(pattern):
-        return any(True for _ in glob.iglob(pattern, root_dir=base, recursive=True))
-    return (base / pattern).exists()
-
-
-def _nothing(
-    base: Path, pattern: str, suffixes: Sequence[str], what: str
-) -> InputError:
-    return InputError(
-        f"{base / pattern} holds no {what}s: put {', '.join(suffixes)} files there, or "
-        f"name another folder or a glob below {base} in the option `{what}s`."
+def _plane_names(paths: Sequence[Path], faults: Faults) -> tuple[str, ...]:
+    """Names for the planes of masks, from the first mask that can be read."""
+    for path in paths:
+        try:
+            count = image_files.read_planes(path).shape[-1]
+        except InputError:
+            # What is skipped is noted where each image is looked at.
+            if faults.on_error == "stop":
+                raise
+            continue
+        return tuple(f"label_{k}" for k in range(1, count + 1))
+    raise InputError(
+        f"None of the {len(paths)} masks, such as {paths[0]}, can be read: give "
+        "`label_names` for their planes, or mend them."
     )
 
 
-def _no_mask(
-    missing: list[str],
-    image_files: dict[str, Path],
-    mask_files: dict[str, Path],
-    place: Path,
-) -> InputError:
-    key = missing[0]
-    near = next((m for m in sorted(mask_files) if m.startswith(key)), None)
-    more = f" ({len(missing)} of {len(image_files)} images have none)"
-    if near is not None:
-        pattern = "*" + mask_files[near].name[len(key) :]
-        remedy = f"if {mask_files[near].name} is it, set `masks` to a glob such as "
-        remedy += f"'{place.name}/{pattern}'"
-    else:
-        remedy = f"add a file of the same stem in {place}, or take the image away"
-    more = more if len(missing) > 1 else ""
-    return InputError(f"The image {image_files[key]} has no mask{more}: {remedy}.")
+def _usable(
+    entries: Sequence[Entry],
+    truth: Truth,
+    channels: int,
+    unreadable: Mapping[Path, InputError],
+    faults: Faults,
+    sizes: dict[Path, Shape],
+) -> Sequence[Entry]:
+    """The entries whose files can be read and agree in size, as far as is looked at.
+
+    ``sizes`` takes the sizes of the images that are found on the way.
+    """
+    compare = sum(len(entry.masks) for entry in entries) <= CHECK_AT_OPENING
+
+    def check(entry: Entry) -> None:
+        for mask in entry.masks:
+            if mask is not None and mask in unreadable:
+                raise unreadable[mask]
+        if not compare:
+            return
+        size = image_files.image_size(entry.image, channels=channels)
+        sizes[entry.image] = size
+        for mask in entry.masks:
+            if mask is not None:
+                same_size(Pair(entry.image, mask), size, truth.size(mask))
+
+    if not compare and not unreadable:
+        return entries
+    return passing(entries, check, faults)

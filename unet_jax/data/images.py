@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unet_jax.data import formats
+from unet_jax.data import formats, tiff
 from unet_jax.types import InputError, NumpyArray, Shape
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".bmp", ".gif")
@@ -22,8 +22,11 @@ def read_image(path: str | Path, *, channels: int = 0) -> NumpyArray:
     Args:
         path: a png, jpg, tif, npy, bmp or gif file. Alpha is dropped, a palette becomes
             RGB, CMYK becomes RGB, a 1-bit image becomes 0 and 255, and the EXIF
-            orientation of a photograph is applied.
-        channels: 0 for those of the file, else see `to_channels`.
+            orientation of a photograph is applied. A npy array is ``[H, W]`` or
+            ``[H, W, C]``.
+        channels: 0 for those of the file, else see `to_channels`. Where a file has
+            this many it is read so: N pages of a TIFF are N channels, as are ``[N, H,
+            W]`` in npy, and alpha counts as one.
 
     Returns:
         ``[H, W, C]``: u8 or u16 as stored; any other number type as f32.
@@ -33,7 +36,7 @@ def read_image(path: str | Path, *, channels: int = 0) -> NumpyArray:
             Pillow decodes safely; NaN or infinite pixels.
     """
     path = Path(path)
-    return _image(_load(path), str(path), channels)
+    return _image(_load(path, channels), str(path), channels)
 
 
 def decode_image(data: bytes, name: str, *, channels: int = 0) -> NumpyArray:
@@ -69,21 +72,42 @@ def decode_mask(data: bytes, name: str) -> NumpyArray:
     return _mask(pixels, name)
 
 
-def image_size(path: str | Path) -> Shape:
-    """(H, W) of what `read_image` and `read_mask` return, from the header if possible.
+def read_planes(path: str | Path) -> NumpyArray:
+    """Reads a mask file whose channels are labels.
+
+    Args:
+        path: a file as for `read_image`; the pages of a TIFF are channels too.
+
+    Returns:
+        ``[H, W, K]`` whole numbers as stored, alpha among them.
+
+    Raises:
+        InputError: as `read_mask`.
+    """
+    path = Path(path)
+    pixels = _load(path, -1)
+    return _whole(pixels.array, str(path)) // pixels.scale
+
+
+def image_size(path: str | Path, *, channels: int = 0) -> Shape:
+    """(H, W) of what the readers return, from the header if possible.
+
+    Args:
+        path: the file.
+        channels: as for `read_image`; -1 as `read_planes` reads it.
 
     Raises:
         InputError: missing or damaged, or more than one page.
     """
     path = Path(path)
-    name = str(path)
+    name, suffix = str(path), path.suffix.lower()
     with formats.readable(name):
-        if path.suffix.lower() == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
-        if path.suffix.lower() in (".tif", ".tiff"):
-            shape, axes = formats.tiff_header(path)
-            shape, _ = formats.one_page(shape, axes, name)
-            return shape
+        formats.file_size(path)
+        if suffix == ".npy":
+            shape = formats.npy_header(path)[0]
+            return shape[slice(*_npy_rows(shape, channels, name))]
+        if suffix in (".tif", ".tiff"):
+            return tiff.one_image(*tiff.header(path), name, channels)[0]
         with path.open("rb") as file:
             return formats.pillow_size(file)
 
@@ -175,7 +199,7 @@ def stored(array: NumpyArray, name: str) -> NumpyArray:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind not in "iuf":
         raise InputError(f"{name} holds {array.dtype} values: save it as real numbers.")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
         count = int(array.size - np.isfinite(array).sum())
@@ -226,24 +250,35 @@ def as_ids(label: NumpyArray, name: str) -> NumpyArray:
     return label.astype(np.uint8 if high < 256 else np.uint16)
 
 
-def _load(path: Path) -> formats.Pixels:
+def _load(path: Path, channels: int = 0) -> formats.Pixels:
+    """A decoded file; ``channels`` as for `tiff.one_image`."""
     name, suffix = str(path), path.suffix.lower()
     with formats.readable(name):
+        formats.file_size(path)
         if suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-            if array.ndim not in (2, 3) or not array.size:
-                raise InputError(
-                    f"{name} holds an array of the shape {array.shape}: an image is "
-                    "height x width or height x width x channels."
-                )
+            array = formats.load_npy(path)
+            if _npy_rows(array.shape, channels, name)[0]:
+                array = np.moveaxis(array, 0, -1)
             return formats.Pixels(array if array.ndim == 3 else array[..., None])
         if suffix in (".tif", ".tiff"):
-            array, axes, palette = formats.load_tiff(path)
-            size, order = formats.one_page(array.shape, axes, name)
-            array = array.transpose(order).reshape(*size, -1)
-            return formats.Pixels(array, palette)
+            stack = tiff.load(path)
+            size, order = tiff.one_image(stack.array.shape, stack.axes, name, channels)
+            array = stack.array.transpose(order).reshape(*size, -1)
+            alpha = stack.alpha and array.shape[-1] > 1
+            return formats.Pixels(array, stack.palette, alpha=alpha)
         with path.open("rb") as file:
             return formats.load_pillow(file, name)
+
+
+def _npy_rows(shape: Shape, channels: int, name: str) -> tuple[int, int]:
+    """Which axes of a npy array are rows and columns: the first two or the last."""
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise InputError(
+            f"{name} holds an array of the shape {shape}: an image is height x width "
+            "or height x width x channels."
+        )
+    first = len(shape) == 3 and shape[0] == channels != shape[-1]
+    return (1, 3) if first else (0, 2)
 
 
 def _whole(array: NumpyArray, name: str) -> NumpyArray:
@@ -253,7 +288,9 @@ def _whole(array: NumpyArray, name: str) -> NumpyArray:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind != "f":
         raise InputError(f"The mask {name} holds {array.dtype} values: save class ids.")
-    bad = ~np.isfinite(array) | (array != np.rint(array)) | (np.abs(array) > 2**31 - 1)
+    with np.errstate(invalid="ignore"):
+        bad = ~np.isfinite(array) | (array != np.rint(array))
+    bad |= np.abs(array) > 2**31 - 1
     if bad.any():
         raise InputError(
             f"The mask {name} has the value {array[bad].flat[0]:g}: save class ids as "
@@ -266,8 +303,10 @@ def _image(pixels: formats.Pixels, name: str, channels: int) -> NumpyArray:
     array = pixels.array
     if pixels.palette is not None:
         array = pixels.palette[array[..., 0]]
+    elif array.shape[-1] != channels:
+        array = pixels.without_alpha()
     return to_channels(stored(array, name), channels, name=name)
 
 
 def _mask(pixels: formats.Pixels, name: str) -> NumpyArray:
-    return as_mask(pixels.array, name) // pixels.scale
+    return as_mask(pixels.without_alpha(), name) // pixels.scale

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from unet_jax.data import formats
 from unet_jax.data.images import LOSSY
 from unet_jax.types import InputError, NumpyArray
 
@@ -182,6 +183,7 @@ def choose(
     label_names: Sequence[str] = (),
     ignore: int = -1,
     rank: int = 2,
+    unreadable: dict[Path, InputError] | None = None,
 ) -> Coding:
     """Decides how masks are to be read; looks into them where that is left open.
 
@@ -194,6 +196,8 @@ def choose(
             made from the ids or colours.
         ignore: the stored number, or grey, that gets weight 0; -1: none.
         rank: spatial axes of a mask.
+        unreadable: takes the masks that cannot be read and why; None: the first of
+            them is raised.
 
     Raises:
         InputError: the options contradict each other or the masks, or ``auto`` cannot
@@ -212,7 +216,7 @@ def choose(
         return coding("colors", _color_names(names, table), colors=table)
     if mask == "index" and names:
         return coding("index", names)
-    found = _Found(paths, read, ignore, rank)
+    found = _Found(paths, read, ignore, rank, unreadable)
     if found.colors and mask != "index":
         table = found.table()
         return coding("colors", _color_names(names, table), colors=table)
@@ -238,22 +242,38 @@ class _Found:
     """The values of the masks, each with a file that has it."""
 
     def __init__(
-        self, paths: Sequence[Path], read: Reader, ignore: int, rank: int
+        self,
+        paths: Sequence[Path],
+        read: Reader,
+        ignore: int,
+        rank: int,
+        unreadable: dict[Path, InputError] | None = None,
     ) -> None:
         if len(paths) > LOOK_AT:
             spread = np.linspace(0, len(paths) - 1, LOOK_AT).astype(int)
             paths = [paths[i] for i in spread]
 
-        def look(path: Path) -> tuple[frozenset[int], bool]:
-            stat = os.stat(path)
-            return _values(read, path, stat.st_mtime_ns, stat.st_size, rank)
+        def look(path: Path) -> tuple[frozenset[int], bool] | InputError:
+            try:
+                with formats.readable(str(path)):
+                    stat = os.stat(path)
+                return _values(read, path, stat.st_mtime_ns, stat.st_size, rank)
+            except InputError as error:
+                if unreadable is None:
+                    raise
+                return error
 
         self.files: Counter[int] = Counter()  # how many masks have a value
         self.values: dict[int, Path] = {}
         self.colors: dict[int, Path] = {}
         self.paths = paths
         with ThreadPoolExecutor(4) as pool:
-            for path, (values, color) in zip(paths, pool.map(look, paths), strict=True):
+            for path, answer in zip(paths, pool.map(look, paths), strict=True):
+                if isinstance(answer, InputError):
+                    assert unreadable is not None
+                    unreadable[path] = answer
+                    continue
+                values, color = answer
                 into = self.colors if color else self.values
                 for value in values:
                     into.setdefault(value, path)
@@ -295,9 +315,10 @@ class _Found:
             raise InputError(
                 f"The masks have the values {text} (such as {odd} in "
                 f"{self.values[odd]}), which are not plainly class ids: set `mask` to "
-                "binary if they are black and white, to instances if each object has "
-                f"its own number, or to index; set `ignore` to {odd} if that means not "
-                "annotated; or give `label_names` for the ids or a table of `colors`."
+                "binary if they are black and white, with or without greys at soft "
+                "edges, to instances if each object has its own number, or to index; "
+                f"set `ignore` to {odd} if that means not annotated; or give "
+                "`label_names` for the ids or a table of `colors`."
             )
         return ("background", *(f"class_{i}" for i in range(1, max(largest, 1) + 1)))
 

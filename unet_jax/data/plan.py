@@ -10,8 +10,8 @@ import numpy as np
 
 from unet_jax.types import NumpyArray
 
-_OFFSETS = 2**64 - 1
-"""The second word of the key for offsets; permutations use the epoch's number there."""
+_OFFSETS, _AIMS = 2**64 - 1, 2**64 - 2
+"""The second word of the key for these; permutations use the epoch's number there."""
 
 
 def plan(
@@ -48,6 +48,21 @@ def plan(
     words = _philox(seed, _OFFSETS, int(position[0])).random_raw(4 * batch_size)
     offset = (words.reshape(batch_size, 4)[:, :rank] >> 11) * 2.0**-53
     return index, offset
+
+
+def aims(seed: int, step: int, *, batch_size: int) -> NumpyArray:
+    """What decides which crops are aimed at a pixel of the foreground, and at which.
+
+    Args:
+        seed, step, batch_size: as for `plan`.
+
+    Returns:
+        ``f64[batch_size, 3]`` in ``[0, 1)``: a crop is aimed where the first number is
+        below the part that should be, at a class by the second, at one of its pixels by
+        the third.
+    """
+    words = _philox(seed, _AIMS, step * batch_size).random_raw(4 * batch_size)
+    return (words.reshape(batch_size, 4)[:, :3] >> 11) * 2.0**-53
 
 
 @functools.lru_cache(maxsize=4)

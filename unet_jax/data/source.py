@@ -32,6 +32,11 @@ class Source(Protocol):
 
     A source that tells objects of one class apart also has a method of the signature of
     `instances`, less the source, which gives their numbers.
+
+    A source of labels that may overlap has the attribute ``overlapping = True``. Its
+    ``label_names`` are K labels without a background, its label ``u8[*S, K]`` zeros and
+    ones, and its weight, if any, ``f32[*S]`` or ``f32[*S, K]``: 0 where that label is
+    not annotated.
     """
 
     @property
@@ -52,6 +57,11 @@ class Source(Protocol):
 
 class NoInstances(InputError):
     """The source has classes only, and no numbers of objects."""
+
+
+def overlapping(source: Source) -> bool:
+    """Whether a pixel of the source may have several labels (see `Source`)."""
+    return bool(getattr(source, "overlapping", False))
 
 
 def instances(source: Source, i: int) -> NumpyArray:
@@ -84,6 +94,10 @@ class Wrapper:
     @property
     def label_names(self) -> tuple[str, ...]:
         return self.source.label_names
+
+    @property
+    def overlapping(self) -> bool:
+        return overlapping(self.source)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -150,10 +164,12 @@ class Checked(Wrapper):
                 f"{self.dtype}: convert the files to one type, so that one brightness "
                 "means one thing."
             )
-        if label.shape != image.shape[:-1]:
+        size = image.shape[:-1]
+        have = label.shape[: self.rank] if self.overlapping else label.shape
+        if have != size:
             raise InputError(
-                f"The mask of {name} has the size {size_text(label.shape)}, but the "
-                f"image {size_text(image.shape[:-1])}: give them the same size."
+                f"The mask of {name} has the size {size_text(have)}, but the "
+                f"image {size_text(size)}: give them the same size."
             )
         if image.dtype.kind == "f" and not np.isfinite(image).all():
             raise InputError(
@@ -164,21 +180,51 @@ class Checked(Wrapper):
         return example
 
     def _check_label(self, example: Example, name: str) -> None:
-        label, classes = example["label"], len(self.label_names)
+        label, names = example["label"], self.label_names
         if label.dtype.kind not in "iu":
             raise InputError(
                 f"The mask of {name} holds {label.dtype} numbers: give class ids as "
                 "whole numbers."
             )
-        bad = (label < 0) | (label >= classes)
-        if "weight" in example:
-            bad &= example["weight"] > 0
+        weight = example.get("weight")
+        if self.overlapping:
+            self._check_planes(label, weight, name)
+            return
+        bad = (label < 0) | (label >= len(names))
+        if weight is not None:
+            bad &= weight > 0
         if bad.any():
             value = label[bad].flat[0]
             raise InputError(
-                f"The mask of {name} has the value {value}, but the {classes} classes "
-                f"{', '.join(self.label_names)} are numbered 0 to {classes - 1}: mend "
+                f"The mask of {name} has the value {value}, but the {len(names)} "
+                f"classes {', '.join(names)} are numbered 0 to {len(names) - 1}: mend "
                 "the mask or name more classes in `label_names`."
+            )
+
+    def _check_planes(
+        self, label: NumpyArray, weight: NumpyArray | None, name: str
+    ) -> None:
+        names, planes = self.label_names, label.shape[self.rank :]
+        if planes != (len(names),):
+            raise InputError(
+                f"The mask of {name} has {size_text(planes) or 'no'} planes, but there "
+                f"are {len(names)} labels, {', '.join(names)}: give one for each."
+            )
+        if weight is None:
+            weight = np.ones(label.shape[:-1], np.float32)
+        if weight.shape not in (label.shape, label.shape[:-1]):
+            raise InputError(
+                f"The weight of {name} has the size {size_text(weight.shape)}, but the "
+                f"labels {size_text(label.shape)}: give them the same size, or one "
+                "weight a pixel."
+            )
+        if weight.ndim < label.ndim:
+            weight = weight[..., None]
+        bad = ((label < 0) | (label > 1)) & (weight > 0)
+        if bad.any():
+            raise InputError(
+                f"The mask of {name} has the value {label[bad].flat[0]}, but a plane "
+                "of a label holds zeros and ones: mend the mask."
             )
 
 
@@ -271,17 +317,26 @@ class Labelled(Wrapper):
     """Examples as the task wants them, always with a weight.
 
     Args:
-        source: any source; its label is class ids 0 .. K-1, of which 0 is background.
+        source: any source; its label is class ids 0 .. K-1, of which 0 is background,
+            or K overlapping labels.
         task: ``classes`` keeps the ids, label ``[*S]``; ``labels`` gives one plane of
             zeros and ones for each id but 0, label ``u8[*S, K-1]``, and names K-1.
+            Overlapping labels stay as they are.
 
     Raises:
-        InputError: ``labels`` with no class beside the background.
+        InputError: ``labels`` with no class beside the background; ``classes`` of
+            labels that overlap.
     """
 
     def __init__(self, source: Source, *, task: Task) -> None:
         super().__init__(source)
-        if task == "labels" and len(source.label_names) < 2:
+        if self.overlapping and task == "classes":
+            raise InputError(
+                f"A pixel of the data may have several of the labels "
+                f"{', '.join(source.label_names)} (the labels overlap): use "
+                "--config.task=labels."
+            )
+        if task == "labels" and not self.overlapping and len(source.label_names) < 2:
             raise InputError(
                 f"The data has no class but {', '.join(source.label_names)}, which "
                 "the task `labels` counts as background: name a second one in "
@@ -292,16 +347,19 @@ class Labelled(Wrapper):
     @property
     def label_names(self) -> tuple[str, ...]:
         names = self.source.label_names
-        return names if self.task == "classes" else names[1:]
+        return names if self.task == "classes" or self.overlapping else names[1:]
 
     def __getitem__(self, i: int, /) -> Example:
         example = self.source[i]
         label, weight = example["label"], example.get("weight")
         if weight is None:
             weight = np.ones(label.shape, np.float32)
-        if self.task == "labels":
+        if self.overlapping:
+            label = label.astype(np.uint8, copy=False)
+        elif self.task == "labels":
             ids = np.arange(1, len(self.source.label_names))
             label = (label[..., None] == ids).astype(np.uint8)
+        if weight.ndim < label.ndim:
             weight = np.broadcast_to(weight[..., None], label.shape)
         return {"image": example["image"], "label": label, "weight": weight}
 

@@ -6,17 +6,20 @@ common orientation, so that a prediction lies on the voxels of its image.
 """
 
 import dataclasses
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unet_jax.data import formats, images
+from unet_jax.data import formats, images, tiff, trust
 from unet_jax.types import InputError, NumpyArray, Shape
 
 SUFFIXES = (".tif", ".tiff", ".nii", ".nii.gz", ".npy")
 NIFTI = (".nii", ".nii.gz")
+INFLATES = 1032  # bytes that deflate makes of one at most
+MOST_BEFORE = 2**26  # bytes before the voxels: headers that others put there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,8 @@ def read_volume(
     if palette is not None:
         array = palette[array[..., 0]]
     if geometry is not None and array.dtype.kind in "biuf":
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # `stored` tells of infinity
+            array = array.astype(np.float32)
     image = images.stored(array, name)
     return images.to_channels(image, channels, name=name), geometry
 
@@ -91,9 +95,8 @@ def volume_size(path: str | Path) -> tuple[Shape, Geometry | None]:
             nifti, geometry = _open_nifti(path)
             return _four(nifti.shape)[:3], geometry
         if path.suffix.lower() == ".npy":
-            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-            return _npy_shape(shape, name)[:3], None
-        return _stack_order(*formats.tiff_header(path), name)[0][:3], None
+            return _npy_shape(formats.npy_header(path)[0], name)[:3], None
+        return _stack_order(*tiff.header(path), name)[0][:3], None
 
 
 def write_volume(
@@ -211,12 +214,11 @@ def _load(
                 return np.asanyarray(nifti.dataobj).reshape(shape), None, geometry
             return np.asanyarray(nifti.dataobj[page]).reshape(shape[1:]), None, geometry
         if path.suffix.lower() == ".npy":
-            array = np.load(
-                path, mmap_mode=None if page is None else "r", allow_pickle=False
-            )
-            array = array.reshape(_npy_shape(array.shape, name))
-            return (array if page is None else np.array(array[page])), None, None
-        array, axes, palette = formats.load_tiff(path, page)
+            shape = _npy_shape(formats.npy_header(path)[0], name)
+            array = formats.load_npy(path, page)
+            return array.reshape(shape if page is None else shape[1:]), None, None
+        stack = tiff.load(path, page)
+        array, axes, palette = stack.without_alpha(), stack.axes, stack.palette
         shape, order = _stack_order(array.shape, axes, name)
         array = array.transpose(order).reshape(shape)
         if page is not None:
@@ -264,9 +266,68 @@ def _four(shape: Shape) -> Shape:
 
 
 def _open_nifti(path: Path) -> tuple[Any, Geometry]:
-    nifti = _nibabel(str(path)).load(path)
+    """The image in nibabel's hands, and its geometry.
+
+    Raises:
+        InputError: not NIfTI, or more voxels than the file or the memory can hold.
+    """
+    nibabel, name = _nibabel(str(path)), str(path)
+    size = formats.file_size(path)
+    second = _check_nifti(path, name)
+    nifti = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_filename(path)
+    shape, dtype = nifti.shape, nifti.get_data_dtype()
+    # Scaled voxels are made of eight bytes.
+    trust.check_bytes(_four(shape), max(dtype.itemsize, 8), name)
+    need = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if not need or need > size * (INFLATES if name.lower().endswith(".gz") else 1):
+        raise InputError(
+            f"{name} cannot be read ({need} bytes of voxels in a file of {size}): it "
+            "may be damaged or cut short, so copy or save it anew, or leave it out."
+        )
     zooms = tuple(float(z) for z in (*nifti.header.get_zooms(), 1.0, 1.0)[:3])
     return nifti, Geometry(zooms, nifti.affine, nifti.header)
+
+
+def _check_nifti(path: Path, name: str) -> bool:
+    """Whether a file is NIfTI-2, after reading what lies before its voxels.
+
+    nibabel believes the lengths of header extensions, and inflates a file up to where
+    its voxels are said to begin, however far that is.
+    """
+    import gzip
+
+    compressed = name.lower().endswith(".gz")
+    with gzip.open(path) if compressed else path.open("rb") as file:
+        head = file.read(544)
+        for order in "<>":
+            (length,) = struct.unpack(order + "I", head[:4].ljust(4, b"\0"))
+            magic = head[344:347] if length == 348 else head[4:7]
+            if (length, magic[:1], magic[2:]) in ((348, b"n", b"1"), (540, b"n", b"2")):
+                break
+        else:
+            raise InputError(f"{name} cannot be read (not a NIfTI file): leave it out.")
+        at, letter = (108, "f") if length == 348 else (168, "q")
+        (begin,) = struct.unpack_from(order + letter, head, at)
+        # Not-a-number is no number of bytes either.
+        if not 0 <= begin <= MOST_BEFORE:
+            raise InputError(
+                f"{name} cannot be read (its voxels begin at byte {begin:g}): it may "
+                "be damaged, so copy or save it anew, or leave it out."
+            )
+        file.seek(length)
+        more = file.read(4)
+        place = length + 4
+        extended = more[:1] not in (b"", b"\0")
+        while extended and (place + 16 <= begin or place > begin):
+            (extent,) = struct.unpack(order + "i", file.read(8)[:4])
+            if not 8 <= extent <= begin - place:
+                raise InputError(
+                    f"{name} cannot be read (a header extension of {extent} bytes): it "
+                    "may be damaged, so copy or save it anew, or leave it out."
+                )
+            place += extent
+            file.seek(place)
+    return length == 540
 
 
 def _nibabel(name: str) -> Any:
@@ -276,4 +337,5 @@ def _nibabel(name: str) -> Any:
         raise InputError(
             f"{name} needs the package nibabel: pip install nibabel."
         ) from error
+    formats.silence("nibabel.global")
     return nibabel

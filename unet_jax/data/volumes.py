@@ -12,8 +12,9 @@ import numpy as np
 
 from unet_jax.data import masks as mask_codings
 from unet_jax.data import split as splits
-from unet_jax.data.folder import Pair, find_pairs, objects, relative, same_size
+from unet_jax.data.faults import Faults
 from unet_jax.data.masks import Coding
+from unet_jax.data.pairs import Pair, find_pairs, passing, relative, same_size
 from unet_jax.data.stacks import (
     SUFFIXES,
     Geometry,
@@ -25,6 +26,7 @@ from unet_jax.data.stacks import (
     volume_size,
     write_volume,
 )
+from unet_jax.data.truth import objects
 from unet_jax.types import Example, InputError, NumpyArray, Shape
 
 __all__ = [
@@ -126,6 +128,8 @@ def open(
     ignore: int = -1,
     spacing: Sequence[float] = (),
     channels: int = 0,
+    links: bool = False,
+    on_error: str = "stop",
 ) -> Volumes:
     """Opens TIFF stacks, NIfTI volumes or 3-D npy arrays with their masks.
 
@@ -141,6 +145,7 @@ def open(
         spacing: voxel size along the three array axes that volumes are resampled to,
             image linear, label nearest; empty: as stored. For NIfTI in 3-D.
         channels: 1 or 3 converts every image, 0 keeps the files' channels.
+        links, on_error: as for `folder.open`.
 
     Raises:
         InputError: nothing there, an image without mask, an unreadable file, an image
@@ -155,16 +160,31 @@ def open(
             f"spacing={to} needs slices=False and three positive sizes, one for each "
             "array axis: mend it or leave it out."
         )
+    faults = Faults(on_error, f"volumes of {root}")
     pairs, every_mask = find_pairs(
-        root, name, images=images, masks=masks, suffixes=SUFFIXES
+        root,
+        name,
+        images=images,
+        masks=masks,
+        suffixes=SUFFIXES,
+        faults=faults,
+        links=links,
     )
+    pages: dict[Pair, int] = {}
+
+    def check(pair: Pair) -> None:
+        pages[pair] = _shape(pair, to)[0]
+
     items: list[tuple[Pair, int | None]] = [(pair, None) for pair in pairs]
     if slices:
-        items = [(pair, page) for pair in pairs for page in range(_shape(pair, to)[0])]
+        pairs = passing(pairs, check, faults)
+        items = [(pair, page) for pair in pairs for page in range(pages[pair])]
+        if not items:
+            faults.report(0)
     items = list(splits.take(items, select(len(items))))
     if not slices:
-        for pair, _ in items:
-            _shape(pair, to)
+        pairs = passing([pair for pair, _ in items], check, faults)
+    unreadable: dict[Path, InputError] = {}
     coding = mask_codings.choose(
         every_mask,
         read_mask,
@@ -173,7 +193,14 @@ def open(
         label_names=label_names,
         ignore=ignore,
         rank=3,
+        unreadable=unreadable if on_error == "skip" else None,
     )
+    for pair in pairs:
+        if pair.mask in unreadable:
+            faults.add(unreadable[pair.mask])
+    usable = {pair for pair in pairs if pair.mask not in unreadable}
+    items = [item for item in items if item[0] in usable]
+    faults.report(len(items))
     coding = dataclasses.replace(coding, rank=2 if slices else 3)
     return Volumes(items, root, coding=coding, spacing=to, channels=channels)
 
