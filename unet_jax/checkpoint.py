@@ -9,14 +9,22 @@ only what it needs:
     ``meta``       JSON: what the run is (model, task, label names, normalisation, the
                    whole config) and what its loop has decided (`Progress` of
                    `unet_jax.evaluation`)
+
+Whoever opens a workdir gets the newest checkpoint that is whole (`unet_jax.integrity`).
+A run that goes on moves those that are damaged to ``workdir/damaged``; a reader leaves
+them, and is refused the best, or a step that it names, where that is one of them.
 """
 
 import dataclasses
+import errno
 import json
 import logging
+import math
 import os
 import shutil
+import threading
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,75 +32,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unet_jax import models
+from unet_jax import distributed, integrity, models
+from unet_jax.meta import Meta
+from unet_jax.meta import check_same_run as check_same_run
 from unet_jax.models import UNet
 from unet_jax.training import TrainState
-from unet_jax.types import InputError, PyTree, Task
+from unet_jax.types import InputError, PyTree
 
-FORMAT = 2
 MEMBERS = "members.json"
 """which workdirs a workdir of folds or seeds has (`unet_jax.members`)"""
+LATEST = 2  # how many of the newest are kept, beside the best
+_LOG = logging.getLogger(__name__)
+# How the errors of a full disk read: of the system, of a quota, of a limit.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = (*map(os.strerror, _FULL), "ENOSPC", "RESOURCE_EXHAUSTED")
 
-
-@dataclasses.dataclass(frozen=True)
-class Meta:
-    """What a run is, as stored with its weights; JSON-able throughout.
-
-    Attributes:
-        model: ``{"name": ..., **fields}`` for `unet_jax.models.build`.
-        task: ``classes`` or ``labels``.
-        label_names: One a channel of the logits.
-        normalisation: See `unet_jax.normalisation`.
-        channels: C of the image.
-        rank: 2 or 3.
-        spacing: Voxel size that volumes are resampled to, or empty.
-        threshold: The probability from which a label counts (task ``labels``).
-        config: The whole config of the run.
-        progress: `unet_jax.evaluation.Progress` as a dict.
-        results: The figures of the evaluation at this step, or empty.
-        torch: Of a net that came from PyTorch: ``family``, ``layout`` and ``dtype``, as
-            `unet_jax.torch_weights.Imported` has them, and ``source``, the file's name.
-            Else empty.
-    """
-
-    model: dict[str, Any]
-    task: Task
-    label_names: tuple[str, ...]
-    normalisation: dict[str, Any]
-    channels: int
-    rank: int
-    spacing: tuple[float, ...] = ()
-    threshold: float = 0.5
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
-    results: dict[str, float] = dataclasses.field(default_factory=dict)
-    torch: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON, with the format's number."""
-        return {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Meta":
-        """The inverse of `to_json`."""
-        data = {k: _tuples(v) for k, v in data.items() if k != "format"}
-        # Format 1 had a switch for what is now another up-sampling.
-        if data["model"].pop("align_corners", False):
-            data["model"]["up"] = "bilinear_aligned"
-        return cls(**data)
-
-    def build_model(self) -> UNet:
-        """The net of the run."""
-        return models.build(**self.model)
-
-
-def _tuples(value: Any) -> Any:
-    """Lists, as JSON gives them, made tuples all the way down."""
-    if isinstance(value, list | tuple):
-        return tuple(_tuples(v) for v in value)
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return value
+Say = Callable[[str], None]
+"""prints a line for a person"""
 
 
 def _orbax() -> Any:
@@ -109,25 +65,49 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
-def _manager(workdir: Path, *, read_only: bool) -> Any:
+def _best(scores: Mapping[int, float]) -> int | None:
+    """The step of the highest score, of equal ones the latest."""
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+class _Kept:
+    """Which checkpoints orbax is to leave: the newest and the best.
+
+    Its own ways go by what it reads from all of them when it opens a workdir, and one
+    damaged file is then the end of it.
+
+    Args:
+        scores: Of the steps; grows with them.
+    """
+
+    def __init__(self, scores: Mapping[int, float]) -> None:
+        self._scores = scores
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        """Whether to leave each of the checkpoints; orbax's protocol."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = _best({step: self._scores.get(step, -math.inf) for step in steps})
+        newest = sorted(steps)[-LATEST:]
+        return [step in newest or step == best for step in steps]
+
+
+def _manager(workdir: Path, scores: Mapping[int, float], *, read_only: bool) -> Any:
     ocp = _orbax()
-    managers = ocp.checkpoint_managers
-    # The policy alone forgets the scores when it is opened again, and best_fn alone
-    # deletes the newest step when it is a bad one: both are needed.
-    policy = managers.AnyPreservationPolicy(
-        [managers.LatestN(2), managers.BestN(get_metric_fn=_score, n=1)]
-    )
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        best_fn=_score,
+        preservation_policy=_Kept(scores),
+        best_fn=_score,  # so that scores are written at all
         best_mode="max",
         # A reader must not sweep away what a run is just writing.
         cleanup_tmp_directories=not read_only,
         enable_async_checkpointing=not read_only,
         read_only=read_only,
+        lightweight_initialize=True,
     )
     return ocp.CheckpointManager(
-        (workdir / "checkpoints").absolute(),
+        (workdir / integrity.CHECKPOINTS).absolute(),
         options=options,
         item_names=("variables", "ema", "training", "meta"),
     )
@@ -156,19 +136,54 @@ def _bytes(trees: PyTree) -> int:
     )
 
 
+def _or_lowest(score: float | None) -> float:
+    return -math.inf if score is None else score
+
+
+def _none_left(workdir: Path, damage: Mapping[int, str]) -> InputError:
+    """The sentence for a workdir in which no checkpoint is whole."""
+    those = "; ".join(f"step {step}: {damage[step]}" for step in sorted(damage))
+    return InputError(
+        f"no checkpoint of {workdir} is whole ({those}): put a copy of one in its"
+        " place, or begin anew in another --workdir."
+    )
+
+
 class Checkpoints:
     """The checkpoints of a workdir; use it as a context, it waits for the last save.
 
     Args:
         workdir: The run's folder.
         read_only: Leave everything as it is; a run may be writing there meanwhile.
+        say: Is told of checkpoints that are damaged; the log, if None.
+
+    Raises:
+        InputError: There are checkpoints, and none of them is whole. A reader is told
+            when it asks for one.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], *, read_only: bool = False
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        say: Say | None = None,
     ) -> None:
         self.workdir = Path(workdir)
-        self._manager = _manager(self.workdir, read_only=read_only)
+        self._read_only, self._say = read_only, say or _LOG.warning
+        self._damage: dict[int, str | None] = {}
+        self._newest: int | None = None
+        self._recording: threading.Thread | None = None
+        _orbax()  # quiet from the first import on
+        if not read_only:
+            if distributed.is_main():
+                self._mend()
+            distributed.wait("checkpoints have been verified")
+        self._scores = {
+            step: _or_lowest(integrity.score_of(self.workdir, step))
+            for step in integrity.steps_in(self.workdir)
+        }
+        self._manager = _manager(self.workdir, self._scores, read_only=read_only)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -180,25 +195,119 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         try:
+            self._recorded()
             self._manager.close()
         except Exception as failure:
             if error is None:
                 raise self._explained(failure) from failure
 
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, found once; None if nothing is."""
+        if step not in self._damage:
+            self._damage[step] = integrity.damage(self.workdir, step)
+        return self._damage[step]
+
+    def _mend(self) -> None:
+        """Finds the newest checkpoint that is whole, and moves damaged ones away."""
+        newest, found = None, dict[int, str]()
+        for step in reversed(integrity.steps_in(self.workdir)):
+            if newest is None:
+                bad = self.damage(step)
+            else:
+                bad = integrity.damage(self.workdir, step, whole=False)
+            if bad is None:
+                newest = step if newest is None else newest
+            else:
+                found[step] = bad
+        if newest is None and found:
+            # Not moved: the same command again must not begin at zero.
+            raise _none_left(self.workdir, found)
+        for step, bad in found.items():
+            there = integrity.set_aside(self.workdir, step)
+            self._say(
+                f"the checkpoint of step {step} is damaged ({bad}): going on from step"
+                f" {newest}; it was moved to {there}"
+            )
+        integrity.forget(self.workdir)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, for a reader also damaged ones."""
+        if self._read_only:
+            return integrity.steps_in(self.workdir)
+        return list(self._manager.all_steps())
+
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, None if there is none."""
-        return self._manager.latest_step()
+        """The step of the newest checkpoint that is whole, None if there is none.
+
+        Raises:
+            InputError: There are some, and all are damaged.
+        """
+        if not self._read_only:
+            return self._manager.latest_step()
+        if self._newest is not None:
+            return self._newest
+        found: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            if (bad := self.damage(step)) is None:
+                self._newest = step
+                break
+            # A run that is writing there removes checkpoints while they are read.
+            if integrity.folder_of(self.workdir, step).exists():
+                found[step] = bad
+        if self._newest is None and found:
+            raise _none_left(self.workdir, found)
+        for step, bad in found.items():
+            self._say(
+                f"the checkpoint of step {step} of {self.workdir} is damaged ({bad}):"
+                f" that of step {self._newest} is used"
+            )
+        return self._newest
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint, None if there is none."""
-        return self._manager.best_step()
+        """The step of the best checkpoint, None if there is none.
+
+        Raises:
+            InputError: It is damaged, for a reader: another one would be another net.
+        """
+        if not self._read_only:
+            return _best({s: self._scores.get(s, -math.inf) for s in self.steps()})
+        steps = self.steps()
+        scores = {step: integrity.score_of(self.workdir, step) for step in steps}
+        best = _best({step: _or_lowest(score) for step, score in scores.items()})
+        # One that has lost its score may have been the best.
+        lost = [step for step in steps if scores[step] is None]
+        for step in (*lost, *([] if best is None else [best])):
+            bad = self.damage(step)
+            if bad is not None and integrity.folder_of(self.workdir, step).exists():
+                raise InputError(
+                    f"the best checkpoint of {self.workdir}, of step {step}, is damaged"
+                    f" ({bad}): use another with --which=latest, or put a copy of it in"
+                    " its place."
+                )
+        return best
+
+    def named_step(self, which: str) -> int | None:
+        """The step of ``best``, ``latest`` or a number; None if there is none.
+
+        Raises:
+            InputError: It is damaged.
+        """
+        which = str(which)
+        if which in ("best", "latest"):
+            return self.best_step() if which == "best" else self.latest_step()
+        if not which.isdecimal() or int(which) not in self.steps():
+            return None
+        if bad := self.damage(int(which)):
+            raise InputError(
+                f"the checkpoint of step {which} of {self.workdir} is damaged ({bad}):"
+                " use another with --which=latest or --which=best."
+            )
+        return int(which)
 
     def _explained(self, error: Exception) -> Exception:
         """An error of a save as a sentence, where the user can mend it."""
-        text = str(error)
-        full = "No space left" in text or getattr(error, "errno", None) == 28
-        full = full or "ENOSPC" in text or "RESOURCE_EXHAUSTED" in text
-        if not full:
+        full = getattr(error, "errno", None) in _FULL
+        if not full and not any(text in str(error) for text in _FULL_TEXTS):
             return error
         good = self._manager.latest_step()
         return InputError(
@@ -250,15 +359,46 @@ class Checkpoints:
             )
         items = {k: ocp.args.StandardSave(v) for k, v in trees.items()}
         items["meta"] = ocp.args.JsonSave(meta.to_json())
+        self._recorded()
+        self._scores[step] = score
         try:
             self._manager.save(
                 step, metrics={"score": score}, args=ocp.args.Composite(**items)
             )
         except Exception as error:
             raise self._explained(error) from error
+        if distributed.is_main():
+            record = threading.Thread(target=self._record, args=(step, score))
+            record.start()
+            self._recording = record
+
+    def _record(self, step: int, score: float) -> None:
+        """Writes the sums of the save under way, once it is complete; in a thread.
+
+        Orbax's own callback comes before the last files are written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception:
+            return  # raised again, in `wait` or by the next save
+        try:
+            integrity.record(self.workdir, step, score)
+            integrity.forget(self.workdir)
+        except (OSError, InputError) as error:
+            self._say(
+                f"note: the checkpoint of step {step} has no sums to verify it with"
+                f" ({error})"
+            )
+
+    def _recorded(self) -> None:
+        """Waits for the sums of the last save."""
+        if self._recording is not None:
+            self._recording.join()
+            self._recording = None
 
     def wait(self) -> None:
         """Blocks until the save under way is on disk."""
+        self._recorded()
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -266,10 +406,19 @@ class Checkpoints:
             raise self._explained(error) from error
 
     def read_meta(self, step: int) -> Meta:
-        """What the run at ``step`` is, without its weights."""
+        """What the run at ``step`` is, without its weights.
+
+        Raises:
+            InputError: That cannot be read.
+        """
         ocp = _orbax()
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return Meta.from_json(self._manager.restore(step, args=args).meta)
+        try:
+            return Meta.from_json(self._manager.restore(step, args=args).meta)
+        except InputError as error:
+            raise InputError(
+                f"{integrity.folder_of(self.workdir, step)}: {error}"
+            ) from error
 
     def check_resumable(self, step: int) -> None:
         """Refuses to train on where there is a net to predict with only.
@@ -277,7 +426,7 @@ class Checkpoints:
         Raises:
             InputError: Names the key that trains from it in another workdir.
         """
-        if not (self.workdir / "checkpoints" / str(step) / "training").exists():
+        if not (integrity.folder_of(self.workdir, step) / "training").exists():
             raise InputError(
                 f"{self.workdir} holds a net to predict with, without the optimizer's"
                 " state: train in another --workdir, from this one's weights with"
@@ -325,87 +474,23 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
             {"batch_stats": {}, **shapes},
         )
-        present = (self.workdir / "checkpoints" / str(step) / "ema").exists()
+        present = (integrity.folder_of(self.workdir, step) / "ema").exists()
         item = "ema" if present else "variables"
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
         return self._manager.restore(step, args=args)[item]
-
-
-# What decides the shape of the optimizer's state, beside its name and what is frozen.
-_OPTIM_SWITCHES = ("clip", "weight_decay")
-
-
-def _identity(meta: Meta) -> dict[str, Any]:
-    """What must be the same for a run to go on: path of the key -> value."""
-    # Of the net that is built, so that a field which is new has its default in both.
-    model = {"name": meta.model["name"], **models.fields(meta.build_model())}
-    # What is computed again, and where, changes no number.
-    own = {f"model.{k}": v for k, v in model.items() if k not in ("remat", "axis_name")}
-    for field in ("task", "label_names", "channels", "rank"):
-        own[field] = getattr(meta, field)
-    own |= {f"data.normalisation.{k}": v for k, v in meta.normalisation.items()}
-    optim = meta.config.get("optim", {})
-    own |= {f"optim.{k}": optim.get(k) for k in ("name", "freeze")}
-    # sgd keeps a momentum in its state even if it is 0.
-    more = ("momentum",) if optim.get("name") == "rmsprop" else ()
-    switches = (*_OPTIM_SWITCHES, *more)
-    own |= {f"optim.{k} > 0": bool(optim.get(k)) for k in switches}
-    own["train.ema > 0"] = bool(meta.config.get("train", {}).get("ema"))
-    return json.loads(json.dumps(own))
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    parts = [_flat(v, f"{path}.{k}" if path else k) for k, v in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def check_same_run(
-    stored: Meta, now: Meta, workdir: str | os.PathLike[str]
-) -> list[str]:
-    """Refuses to resume a workdir with another model, data or optimizer.
-
-    Args:
-        stored: Of the checkpoint.
-        now: Of the config.
-        workdir: Where; the sentence names it.
-
-    Returns:
-        The other keys of the config that have changed, each as ``key: old -> new``.
-
-    Raises:
-        InputError: Names the first difference and the remedy.
-    """
-    old, new = _identity(stored), _identity(now)
-    for key in {**old, **new}:
-        if old.get(key) != new.get(key):
-            raise InputError(
-                f"the workdir {os.fspath(workdir)} holds a run with {key} ="
-                f" {old.get(key)!r}, and this config says {new.get(key)!r}: use another"
-                " --workdir, or delete that one."
-            )
-    before, after = (
-        _flat(json.loads(json.dumps(meta.config))) for meta in (stored, now)
-    )
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    ]
 
 
 def stored_meta(workdir: str | os.PathLike[str]) -> Meta | None:
     """What the run is that a workdir holds; None where there is none yet.
 
     Raises:
-        InputError: It holds a net to predict with only.
+        InputError: It holds a net to predict with only, or nothing that is whole.
     """
     path = Path(workdir)
-    if not any((path / "checkpoints").glob("*/_CHECKPOINT_METADATA")):
+    if not integrity.steps_in(path):
         return None
-    with Checkpoints(path, read_only=True) as checkpoints:
+    # Said by whoever opens it to go on.
+    with Checkpoints(path, read_only=True, say=lambda _: None) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             return None
@@ -420,24 +505,24 @@ def load_for_inference(
 
     Args:
         workdir: Where train.py wrote.
-        which: ``best`` or ``latest``, or a step.
+        which: ``best`` or ``latest``, or a step. If the latest is damaged the one
+            before it is taken, with a warning.
 
     Returns:
         ``(model, variables, meta, step)``.
 
     Raises:
-        InputError: No checkpoint there.
+        InputError: No checkpoint there, or it is damaged.
     """
     path = Path(workdir)
-    if not any((path / "checkpoints").glob("*/_CHECKPOINT_METADATA")):
+    if not integrity.steps_in(path):
         raise InputError(
             f"there is no checkpoint in {path}: give the --workdir of a run of train.py"
             " that has saved at least once."
         )
     with Checkpoints(path, read_only=True) as checkpoints:
-        steps = {"best": checkpoints.best_step(), "latest": checkpoints.latest_step()}
-        step = steps[which] if which in steps else int(which)
-        if step is None or not (path / "checkpoints" / str(step)).exists():
+        step = checkpoints.named_step(which)
+        if step is None:
             raise InputError(f"there is no checkpoint {which} in {path}: use best.")
         meta = checkpoints.read_meta(step)
         variables = checkpoints.restore_variables(step, meta)
@@ -445,9 +530,34 @@ def load_for_inference(
 
 
 def members_of(workdir: str | os.PathLike[str]) -> list[Path]:
-    """The workdirs of the nets of a workdir: itself, or those of folds or seeds."""
+    """The workdirs of the nets of a workdir: itself, or those of folds or seeds.
+
+    Raises:
+        InputError: The file that names them is damaged.
+    """
     path = Path(workdir)
     index = path / MEMBERS
     if not index.is_file():
         return [path]
-    return [path / name for name in json.loads(index.read_text())["members"]]
+    try:
+        return [path / name for name in json.loads(index.read_text())["members"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(
+            f"{index} does not name the members of {path}: it is damaged, start the"
+            " command that trained them again, or name their folders."
+        ) from error
+
+
+def good_steps(workdir: str | os.PathLike[str]) -> set[int]:
+    """The steps of which a workdir has a checkpoint that is whole.
+
+    Raises:
+        InputError: There are checkpoints, and none of them is whole.
+    """
+    path = Path(workdir)
+    _orbax()  # quiet from the first import on
+    found = {step: integrity.damage(path, step) for step in integrity.steps_in(path)}
+    damaged = {step: bad for step, bad in found.items() if bad is not None}
+    if found and len(damaged) == len(found):
+        raise _none_left(path, damaged)
+    return found.keys() - damaged.keys()

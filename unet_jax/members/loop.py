@@ -117,11 +117,14 @@ def _loop(
         stop = bool(interrupted)
         while step < total and not stop:
             states, stats = way.step(states, batch)
+            begin = time.perf_counter()
             batch = next(batches)
+            waited = time.perf_counter() - begin
             step += 1
             bar.update()
             means = [
-                book.add(step, own) for book, own in zip(books, stats, strict=True)
+                book.add(step, own, waited=waited)
+                for book, own in zip(books, stats, strict=True)
             ]
             if all(means):
                 line = _progress(names, means)

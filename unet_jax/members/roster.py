@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from unet_jax.checkpoint import MEMBERS, Checkpoints, Meta
+from unet_jax.checkpoint import MEMBERS, Checkpoints, Meta, good_steps
 from unet_jax.log import replace_file
 from unet_jax.types import InputError
 
@@ -131,8 +131,14 @@ def check_workdir(
     workdir = Path(workdir)
     file = workdir / MEMBERS
     if file.exists():
-        stored = json.loads(file.read_text())
-        kind, names = stored["kind"], stored["members"]
+        try:
+            stored = json.loads(file.read_text())
+            kind, names = stored["kind"], list(stored["members"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{file} is damaged: delete it, and the command that trains the members"
+                " writes it again."
+            ) from error
         if members is None:
             raise InputError(
                 f"the workdir {workdir} holds {len(names)} {kind}: say"
@@ -168,7 +174,7 @@ def common(workdir: Path, names: Sequence[str]) -> int:
     All save at the same steps and keep the two latest: a run that was killed between
     two of them has the step before in common, and some have one later one.
     """
-    steps = [steps_of(workdir / name) for name in names]
+    steps = [good_steps(workdir / name) for name in names]
     common = max(set.intersection(*steps), default=0)
     later = [sum(step > common for step in own) for own in steps]
     if max(later) > 1 or not (common or min(map(len, steps)) == 0):
@@ -186,7 +192,7 @@ def common(workdir: Path, names: Sequence[str]) -> int:
 def drop_later(workdir: Path, names: Sequence[str], start: int, say: Say) -> None:
     """Removes what a killed run had saved of some members only; it is made again."""
     for name in names:
-        for step in sorted(steps_of(workdir / name)):
+        for step in sorted(good_steps(workdir / name)):
             if step > start:
                 say(f"{name}: step {step} is made again, not all members have it")
                 path = workdir / name / "checkpoints" / str(step)

@@ -78,6 +78,7 @@ def _reader(one: Run) -> Callable[[int], Batch]:
         batch_size=train["batch_size"],
         crop=train["crop"],
         margin=models.margin(one.model, one.dataset.rank),
+        foreground=train.get("foreground", 0.0),
     )
 
 
