@@ -8,7 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from unet_jax.cli import augment, convert, evaluate, look, predict, prune
+from unet_jax.cli import arguments as shared
+from unet_jax.cli import augment, convert, evaluate, inspect, look, predict, prune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     except InputError as error:
         sys.stdout.flush()
-        print(f"unet-jax: error: {error}", file=sys.stderr)
+        print(f"unet-jax: error: {shared.one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unet-jax: interrupted", file=sys.stderr)
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add(commands)
     convert.add(commands)
     augment.add(commands)
+    inspect.add(commands)
     look.add_shapes(commands)
     look.add_features(commands)
     return parser

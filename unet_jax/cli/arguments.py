@@ -142,6 +142,11 @@ def which(text: str) -> str:
     return text
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line that no file's name can break, nor colour."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+
+
 def literal(text: str) -> Any:
     """What Python reads a text as, else the text."""
     import ast
@@ -159,6 +164,66 @@ def config(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return read_config(arguments.config, arguments.changes)
 
 
+def load(path: str) -> Any:
+    """The ConfigDict that a config file's ``get_config()`` returns.
+
+    Raises:
+        InputError: No such file, or it does not do that; names the line at fault.
+    """
+    import runpy
+    from pathlib import Path
+
+    from ml_collections import ConfigDict
+
+    from unet_jax.types import InputError
+
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"there is no config {path}: give a file like configs/x.py.")
+    # As train.py is started: a config may import others beside it, and from anywhere
+    # those of the project.
+    places = [str(file.absolute().parent.parent), str(Path(__file__).parents[2])]
+    before = list(sys.path)
+    sys.path[:0] = places
+    try:
+        names = runpy.run_path(str(file))
+        if "get_config" not in names:
+            raise InputError(
+                f"the config {path} has no function get_config: write it as"
+                " configs/default.py has it."
+            )
+        config = names["get_config"]()
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"the config {path} does not work ({_reason(error, str(file))}): mend it."
+        ) from error
+    finally:
+        sys.path[:] = before
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"get_config of {path} returns {config!r:.60} and no ConfigDict: end it"
+            " with `return config`, as in configs/default.py."
+        )
+    return config
+
+
+def _reason(error: BaseException, file: str) -> str:
+    """What went wrong in a file of Python, and in which of its lines."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    text = str(error)
+    if isinstance(error, SyntaxError):
+        text = error.msg
+        lines = [error.lineno] if error.filename == file else lines
+    text = " ".join(text.split())
+    where = f"line {lines[-1]}: " if lines and lines[-1] else ""
+    return f"{where}{type(error).__name__}: {text:.200}"
+
+
 def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     """A config file of train.py as plain data, without the keys that are None.
 
@@ -167,20 +232,10 @@ def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
         changes: ``--config.KEY=VALUE``.
     """
     import re
-    import runpy
-    from pathlib import Path
 
     from unet_jax.types import InputError
 
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"there is no config {path}: give a file like configs/x.py.")
-    # As train.py is started: a config may import others beside it.
-    sys.path.insert(0, str(file.absolute().parent.parent))
-    try:
-        config = runpy.run_path(str(file))["get_config"]()
-    finally:
-        sys.path.pop(0)
+    config = load(path)
     config.lock()  # so that a key which is not there is refused
     for text in changes:
         key, _, value = text.removeprefix("--config.").partition("=")

@@ -28,13 +28,14 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     flags.say_devices(sys.stdout)
-    from unet_jax import overlay, preview, run, sharding
+    from unet_jax import options, overlay, preview, run, sharding
     from unet_jax.types import InputError
 
     if not arguments.out.endswith(".png"):
         raise InputError(f"--out={arguments.out} must be a .png file.")
     config = flags.config(arguments)
     assert config is not None
+    options.check(config)
     # The picture does not depend on how many devices share a batch, nor on how many
     # examples do, which might be to be found.
     batch_size = config["train"]["batch_size"] or arguments.examples

@@ -113,7 +113,10 @@ def _finite(value: Any) -> Any:
 def _measures(arguments: argparse.Namespace, workdirs: Sequence[str]) -> None:
     """Every image through a `Predictor`, then the figures, intervals, comparison."""
     from unet_jax import bootstrap
+    from unet_jax.types import InputError
 
+    if arguments.bootstrap is not None and arguments.bootstrap < 1:
+        raise InputError(f"--bootstrap={arguments.bootstrap} must be 1 or more.")
     names = ["pixels", *(n for n in _names(arguments.metrics) if n != "pixels")]
     meta, step, source, split, found = _counted(arguments, workdirs, names)
     results: dict[str, float] = {}
@@ -234,6 +237,7 @@ def open_split(meta: "Meta", arguments: argparse.Namespace) -> tuple["Meta", Any
     import dataclasses
 
     from unet_jax import data
+    from unet_jax import options as keys
     from unet_jax.convert import label_names
     from unet_jax.types import InputError
 
@@ -255,6 +259,7 @@ def open_split(meta: "Meta", arguments: argparse.Namespace) -> tuple["Meta", Any
         options["root"] = arguments.root
     if split not in ("train", "evaluation"):
         options |= {"train": split, "evaluation": split}
+    keys.check_data(options)
     dataset = data.build(task=meta.task, **options)
     count = len(meta.label_names)
     unnamed = meta.torch and meta.label_names == label_names(meta.task, count)
