@@ -7,12 +7,17 @@ and what its compiled step costs each device (memory, operations, communication)
 stops there; with ``--devices=8`` it does so for eight virtual devices of a CPU.
 ``--distributed`` starts one of several processes, and ``--config.members.folds=5``
 trains the five nets of a cross-validation side by side (docs/scale.md).
+
+Before a long run: ``--overfit_one_batch`` has the net learn one batch by heart, which
+fails where data, loss or net do not fit each other, and ``--find_lr`` looks for the
+learning rate. Neither needs a workdir; with one they leave a picture there.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -27,13 +32,25 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from unet_jax import compiled, distributed, members, normalisation, report, sharding
-from unet_jax.books import Books, announced, opened, short
+from unet_jax import (
+    compiled,
+    distributed,
+    lock,
+    members,
+    normalisation,
+    options,
+    report,
+    sharding,
+    trials,
+)
+from unet_jax.books import HELD_UP, Books, announced, opened, short
 from unet_jax.checkpoint import stored_meta
+from unet_jax.cli.arguments import load, one_line
 from unet_jax.run import Run, build
 from unet_jax.training import TrainState
 from unet_jax.types import InputError, size_text
 
+RARE = 0.02  # of the pixels: a class that crops are likely to miss
 ASK_EVERY = 10  # steps after which processes ask each other whether to stop, at most
 
 
@@ -83,8 +100,36 @@ def describe(run: Run) -> None:
         f"training: {train['steps']} steps of {train['batch_size']} crops of {size},"
         f" {epochs:.1f} times through the data"
     )
+    if advice := _rare(run, [dataset.train[i] for i in some]):
+        say(f"note: {advice}")
     shape = (1, *train["crop"], dataset.channels)
     say(report.model_table(run.model, shape, freeze=run.config["optim"]["freeze"]))
+
+
+def _rare(run: Run, examples: list[Any]) -> str:
+    """A sentence where a class is rare and crops may well miss it, else ""."""
+    train, names = run.config["train"], run.meta.label_names
+    crop = math.prod(train["crop"])
+    small = any(2 * crop < math.prod(e["image"].shape[:-1]) for e in examples)
+    if train.get("foreground") or not small:
+        return ""
+    pixels = sum(float((e["weight"] > 0).sum()) for e in examples)
+    shares = {}
+    for i, name in enumerate(names):
+        if run.meta.task == "classes" and i:
+            counts = [((e["label"] == i) & (e["weight"] > 0)).sum() for e in examples]
+            shares[name] = float(sum(counts)) / max(pixels, 1.0)
+        elif run.meta.task == "labels":
+            some = [e["label"][..., i] * (e["weight"][..., i] > 0) for e in examples]
+            shares[name] = float(sum(x.sum() for x in some)) * len(names) / pixels
+    shares = {name: share for name, share in shares.items() if 0 < share < RARE}
+    if not shares:
+        return ""
+    name = min(shares, key=lambda name: shares[name])
+    return (
+        f"{name} has {shares[name]:.2%} of the pixels, and most crops will have little"
+        " of it: --config.train.foreground=0.33 lays a third of them around foreground"
+    )
 
 
 @contextlib.contextmanager
@@ -157,6 +202,7 @@ def train_and_evaluate(
         return {}
     workdir = _made(workdir)
     with (
+        lock.hold(workdir, say=say),
         interruptible() as interrupted,
         opened(run, workdir, say=say) as (books, state),
     ):
@@ -166,6 +212,20 @@ def train_and_evaluate(
     if distributed.is_main():
         say(f"curves: {report.curves(workdir)}")
     return books.results
+
+
+def trial(
+    name: str, config: dict[str, Any], workdir: str | os.PathLike[str] | None
+) -> int:
+    """What is tried before a run, see `unet_jax.trials`; the exit status."""
+    if members.asked(config):
+        raise InputError(
+            f"--{name} is for one net: leave out members.folds and members.seeds."
+        )
+    where = None if workdir is None else _made(workdir)
+    run = build(trials.prepared(name, config), sharding.make_mesh(1, 1), say=say)
+    describe(run)
+    return trials.TRIALS[name](run, where, say=say)
 
 
 def train_members(
@@ -186,11 +246,12 @@ def train_members(
         members.compile_step(team, say=say)
         return {}
     workdir = _made(workdir)
-    with interruptible() as interrupted:
-        members.train(team, workdir, say=say, interrupted=interrupted)
-    for name in team.names:
-        report.curves(workdir / name)
-    return members.conclude(team, workdir, say=say)
+    with lock.hold(workdir, say=say):
+        with interruptible() as interrupted:
+            members.train(team, workdir, say=say, interrupted=interrupted)
+        for name in team.names:
+            report.curves(workdir / name)
+        return members.conclude(team, workdir, say=say)
 
 
 def _made(workdir: str | os.PathLike[str]) -> Path:
@@ -218,6 +279,8 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
     run, workdir = books.run, books.workdir
     train, total = run.config["train"], run.config["train"]["steps"]
     step = begin = int(state.step)
+    if books.progress.owed:  # a file of it could not be read, perhaps it now can
+        state = books.evaluated(step, state)
     if step >= total or books.impatient:
         say(f"the run is finished at step {step}: {short(books.results)}")
         return
@@ -227,7 +290,7 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
             f" {total - step} steps from step {step}, where {workdir} stands, to"
             f" train.steps = {total}: use train.steps_per_call=1."
         )
-    batches = run.placed_batches(step)
+    batches = Batches(run.placed_batches(step))
     batch = next(batches)
     step_fn = compile_step(run, state, batch)
     books.begin()
@@ -242,9 +305,11 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
             batch = next(batches)
             step += run.steps_per_call
             bar.update(run.steps_per_call)
-            if means := books.add(step, stats):
-                line = f"loss {means['loss']:.4f}"
+            if means := books.add(step, stats, waited=batches.waited):
+                line = f"epoch {means['epoch']:.1f}, loss {means['loss']:.4f}"
                 line += f", {means['images_per_second']:.1f} images/s"
+                if means["input_wait"] > HELD_UP:
+                    line += f", {means['input_wait']:.0%} waiting for images"
                 bar.set_postfix_str(line)
                 if bar.disable:
                     left = (
@@ -256,10 +321,13 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
             if turn or jax.process_count() == 1:
                 stop = distributed.agreed(bool(interrupted))
             state = books.evaluated(step, state)
-            stop |= books.impatient
+            stop |= books.impatient or batches.failed is not None
             if stop or books.saves(step):
                 books.save(step, state)
         books.checkpoints.wait()
+    if batches.failed is not None and step < total:
+        say(f"saved step {step}; the same command goes on from there")
+        raise batches.failed
     if distributed.agreed(bool(interrupted)):
         at = books.checkpoints.latest_step()
         where = f"saved step {at}" if at else "stopped before the first step"
@@ -268,7 +336,38 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
         raise SystemExit(0)
     if step < total:
         say(f"stopped early: {train['patience']} evaluations without a better one")
+    if left_out := books.left_out():
+        say(left_out)
+    if step > begin:
+        say(books.bottleneck())
     say(books.closing(step))
+
+
+class Batches:
+    """Batches of a run that say how long they were waited for, and why they end.
+
+    Attributes:
+        waited: Seconds that the last one took.
+        failed: What is wrong with the data of the next one, of which the steps before
+            should not suffer: they are saved first.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self.waited = 0.0
+        self.failed: InputError | None = None
+
+    def __next__(self) -> Any:
+        begin = time.perf_counter()
+        try:
+            return next(self._batches)
+        except InputError as error:
+            # Of several processes the others cannot know: all end without saving.
+            if not self.waited or jax.process_count() > 1:
+                raise
+            self.failed = error
+        finally:
+            self.waited = time.perf_counter() - begin
 
 
 class Command(NamedTuple):
@@ -279,12 +378,14 @@ class Command(NamedTuple):
         workdir: Where the run is kept; None for a dry run.
         devices: Virtual devices of the CPU to use instead of the real ones; 0 for none.
         processes: For `unet_jax.distributed.start`.
+        trial: ``find_lr`` or ``overfit_one_batch`` instead of a run, or "".
     """
 
     config: dict[str, Any]
     workdir: str | None
     devices: int
     processes: dict[str, Any]
+    trial: str
 
 
 def parse(argv: list[str]) -> Command:
@@ -302,6 +403,15 @@ def parse(argv: list[str]) -> Command:
     )
     dry_run = flags.DEFINE_bool(
         "dry_run", False, "Stop before the first step.", flag_values=values
+    )
+    find_lr = flags.DEFINE_bool(
+        "find_lr", False, "Look for the learning rate.", flag_values=values
+    )
+    overfit = flags.DEFINE_bool(
+        "overfit_one_batch",
+        False,
+        "See whether the net can learn one batch by heart.",
+        flag_values=values,
     )
     devices = flags.DEFINE_integer(
         "devices",
@@ -337,9 +447,13 @@ def parse(argv: list[str]) -> Command:
         for i, arg in enumerate(argv)
         if not re.match(r"--config\.[^=]+=", arg) or last[arg.split("=", 1)[0]] == i
     ]
+    for arg in argv:
+        if re.match(r"--?config\.(=|\.|$)", arg):
+            raise InputError(f"{arg} names no key: write --config.KEY=VALUE.")
     for name in files:
         if not Path(name).is_file():
             raise InputError(f"there is no config file {name}: look into configs/.")
+        load(name)  # for a sentence where it does not work
     wrong = (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError)
     try:
         rest = values(argv)
@@ -353,13 +467,24 @@ def parse(argv: list[str]) -> Command:
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is no flag: write --config=FILE --workdir=DIR.")
-    if not workdir.value and not dry_run.value:
+    asked = {
+        "dry_run": dry_run.value,
+        "find_lr": find_lr.value,
+        "overfit_one_batch": overfit.value,
+    }
+    asked = [name for name, value in asked.items() if value]
+    if len(asked) > 1:
+        raise InputError(f"--{asked[0]} and --{asked[1]} exclude each other: give one.")
+    if not workdir.value and not asked:
         raise InputError("say where the run should be kept: --workdir=DIR.")
+    plain = chosen(config.value)
+    options.check(plain)
     return Command(
-        chosen(config.value),
-        None if dry_run.value else workdir.value,
-        devices.value,
-        {
+        config=plain,
+        workdir=None if dry_run.value else workdir.value,
+        devices=devices.value,
+        trial="" if dry_run.value else "".join(asked),
+        processes={
             "wanted": several.value,
             "coordinator": coordinator.value,
             "processes": processes.value,
@@ -379,12 +504,14 @@ def main() -> int:
 
         def job() -> int:
             distributed.start(**command.processes)
+            if command.trial:
+                return trial(command.trial, command.config, command.workdir)
             train_and_evaluate(command.config, command.workdir)
             return 0
 
         return distributed.guarded(job)
     except InputError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped", file=sys.stderr)

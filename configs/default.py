@@ -20,12 +20,15 @@ def get_config() -> ConfigDict:
     config.task = "classes"  # classes (softmax) | labels (sigmoid)
 
     config.data = data = ConfigDict()  # unet_jax.data.build
-    data.source = "cells"  # cells | folder | volumes | ctc | tfds
+    data.source = "cells"  # cells | folder | volumes | ctc | coco | nnunet | tfds
     data.root = ""  # where the files are
     data.train = "train"  # a split: train[:80%], train[20:30], all[not fold 2/5]
     data.evaluation = "val"
-    data.normalisation = "range"  # range | standard | example
-    data.cache_mb = 1000.0  # decoded examples kept in memory
+    data.normalisation = "auto"  # auto | range | standard | example
+    data.cache_mb = 500.0  # decoded examples kept in memory
+    data.cache_dir = ""  # or in this folder, if they are more than the memory holds
+    data.on_error = "stop"  # stop | skip: at a file that cannot be read
+    data.links = False  # whether files may be links that lead out of the root
     data.resize = ()  # bring every example to this size, () for none
     data.border = ConfigDict()  # unet_jax.data.border.Bordered, of the training part
     data.border.w0 = placeholder(float)  # the paper's 10 turns the weight map on
@@ -47,7 +50,9 @@ def get_config() -> ConfigDict:
     data.folder = ConfigDict()  # unet_jax.data.folder.open
     data.folder.images = placeholder(str)  # a folder under root, or a glob
     data.folder.masks = placeholder(str)
-    data.folder.mask = placeholder(str)  # auto | binary | index | instances | colors
+    data.folder.label_masks = placeholder(tuple)  # (("vessel", "masks/vessel"), ...)
+    # auto | binary | index | instances | objects | colors | planes
+    data.folder.mask = placeholder(str)
     data.folder.colors = placeholder(tuple)
     data.folder.label_names = placeholder(tuple)
     data.folder.channels = placeholder(int)
@@ -70,6 +75,16 @@ def get_config() -> ConfigDict:
     data.ctc.unknown = placeholder(float)  # pixels not counted around one without
     data.ctc.spacing = placeholder(tuple)  # size of a pixel along each axis
     data.ctc.channels = placeholder(int)
+    data.coco = ConfigDict()  # unet_jax.data.coco.open
+    data.coco.annotations = placeholder(str)  # a JSON file under root
+    data.coco.images = placeholder(str)  # the folder of its file names
+    data.coco.label_names = placeholder(tuple)  # of the categories that count
+    data.coco.overlap = placeholder(bool)  # a plane for each label (task labels)
+    data.coco.channels = placeholder(int)
+    data.nnunet = ConfigDict()  # unet_jax.data.nnunet.open
+    data.nnunet.slices = placeholder(bool)  # 2-D slices, or one volume
+    data.nnunet.spacing = placeholder(tuple)  # resample volumes to this voxel size
+    data.nnunet.regions = placeholder(bool)  # labels that overlap, as the JSON has them
     data.tfds = ConfigDict()  # unet_jax.data.tfds.open
     data.tfds.name = placeholder(str)
     data.tfds.image = placeholder(str)  # names of the features
@@ -192,6 +207,8 @@ def get_config() -> ConfigDict:
     train.accumulate = 1  # microbatches a step
     train.steps_per_call = 1  # steps a dispatch; divides all that happens every so many
     train.crop = (128, 128)  # the net's input size in training
+    train.foreground = 0.0  # part of the crops that hold foreground for certain
+    train.threads = 0  # that read batches ahead; 0: one a core, at most 8
     train.ema = 0.0  # decay of the parameters' average, 0 for none
     train.log_every = 10
     train.eval_every = 100
@@ -200,6 +217,7 @@ def get_config() -> ConfigDict:
     train.threshold = 0.5  # from which probability a label counts (task labels)
     train.monitor = "dice"  # the figure that decides which checkpoint is best
     train.patience = 0  # evaluations without a better one before stopping, 0: never
+    train.alarm = 3  # evaluations in a row that find one class only; 0: never
 
     config.mesh = mesh = ConfigDict()  # unet_jax.sharding.make_mesh
     mesh.data = -1  # parts that a batch is split into, -1 for as many as there can be

@@ -253,7 +253,6 @@ def test_the_default_momentum_is_the_papers_for_sgd_and_none_for_rmsprop():
     [
         {"name": "adan"},
         {"schedule": "step"},
-        {"warmup_steps": 100},
         {"nesterov": True},
         {"name": "sgd", "momentum": 0.0, "nesterov": True},
         {"betas": (0.9,)},
@@ -262,3 +261,12 @@ def test_the_default_momentum_is_the_papers_for_sgd_and_none_for_rmsprop():
 def test_wrong_values_are_refused(options):
     with pytest.raises(InputError, match="optim"):
         optim.build(total_steps=100, **options)
+
+
+def test_a_warmup_takes_at_most_half_of_a_short_run():
+    options = {"learning_rate": 1.0, "total_steps": 10, "schedule": "cosine"}
+    _, long = optim.build(**options, warmup_steps=20)
+    _, half = optim.build(**options, warmup_steps=5)
+    rates = [float(long(step)) for step in range(10)]
+    assert rates == [float(half(step)) for step in range(10)]
+    assert rates[4] == 1.0

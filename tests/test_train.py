@@ -74,10 +74,10 @@ def _run_until(last, config, workdir):
     """A run that dies inside a step."""
     taken = Meter.add
 
-    def add(self, step, stats):
+    def add(self, step, stats, **more):
         if step == last:
             raise KeyboardInterrupt
-        return taken(self, step, stats)
+        return taken(self, step, stats, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Meter, "add", add)

@@ -20,13 +20,16 @@ import numpy as np
 
 from unet_jax import distributed, report
 from unet_jax.checkpoint import Checkpoints, check_same_run
-from unet_jax.evaluation import Progress, score_of
+from unet_jax.data import plan, skipped
+from unet_jax.evaluation import Progress, collapsed, score_of
 from unet_jax.log import Meter, RunLog, replace_file
 from unet_jax.run import Run
 from unet_jax.training import TrainState, is_due
-from unet_jax.types import size_text
+from unet_jax.types import InputError, size_text
 
 NOT_SCORED = -1e30  # of a checkpoint that is not the best so far
+# Of the time spent waiting for images, from which the input is said to hold up the run.
+HELD_UP = 0.1
 
 Say = Callable[[str], None]
 """prints a line for a person"""
@@ -86,11 +89,29 @@ class Books:
         self.progress, self.results = progress, results
         self.checkpoints, self._log, self._say = checkpoints, log, say
         self._train = run.config["train"]
+        self._waited = self._rows = 0.0
         self.begin()
 
     def begin(self) -> None:
         """Starts the clock of the images per second; all that is before is no step."""
-        self.meter = Meter(self.workdir)
+        self.meter = Meter(self.workdir, self._images_of)
+
+    def _images_of(self, step: int) -> str:
+        """The names of the first images of a step's batch."""
+        source, size = self.run.dataset.train, self._train["batch_size"]
+        index, _ = plan(
+            self.run.config["seed"],
+            step - 1,
+            examples=len(source),
+            batch_size=size,
+            rank=1,
+        )
+        names = ", ".join(source.name(i) for i in index[:3].tolist())
+        return f"of {names}" + (f" and {size - 3} more" if size > 3 else "")
+
+    def epoch(self, step: int) -> float:
+        """How many times through the training data a number of steps is."""
+        return step * self._train["batch_size"] / len(self.run.dataset.train)
 
     @property
     def impatient(self) -> bool:
@@ -98,23 +119,38 @@ class Books:
         patience = self._train["patience"]
         return bool(patience) and self.progress.since_best >= patience
 
-    def add(self, step: int, stats: Any) -> dict[str, float]:
+    def add(self, step: int, stats: Any, *, waited: float = 0.0) -> dict[str, float]:
         """Takes what the step has measured; logs a row where one is due.
 
         Args:
             step: Updates done.
             stats: Of the training step, ``loss``, ``count`` and ``grad_norm``.
+            waited: Seconds that were spent waiting for the batch.
 
         Returns:
-            The row, `unet_jax.log.Meter.take`'s means; empty where none is due.
+            The row, `unet_jax.log.Meter.take`'s means and ``epoch``; empty where none
+            is due.
         """
-        self.meter.add(step, stats)
+        self.meter.add(step, stats, waited=waited)
         if not is_due(step, self._train["log_every"], self._train["steps"]):
             return {}
-        means = self.meter.take()
+        means = {**self.meter.take(), "epoch": self.epoch(step)}
+        self._waited += means["input_wait"]
+        self._rows += 1
         rate = float(self.run.schedule(step - 1)) * self.progress.lr_scale
         self._log.scalars("train", step, {**means, "learning_rate": rate})
         return means
+
+    def bottleneck(self) -> str:
+        """A sentence on what the run waited for: images, or the steps themselves."""
+        wait = self._waited / self._rows if self._rows else 0.0
+        if wait < HELD_UP:
+            return f"bottleneck: compute; {wait:.0%} of the time was waiting for images"
+        return (
+            f"bottleneck: input; {wait:.0%} of the time was waiting for images:"
+            " more train.threads, or a larger data.cache_mb, or a data.cache_dir, which"
+            " decodes each image once, may help"
+        )
 
     def evaluated(self, step: int, state: TrainState) -> TrainState:
         """The state after a step, with what follows from an evaluation if one is due.
@@ -126,10 +162,18 @@ class Books:
         Returns:
             The state, with the learning rate's scale as it is now decided.
         """
-        if not self.evaluates(step):
+        if not (self.evaluates(step) or self.progress.owed):
             return state
-        with self.meter.paused():
-            self.assess(state, step)
+        try:
+            with self.meter.paused():
+                self.assess(state, step)
+        except InputError:
+            # A damaged image of the evaluation must not cost the steps before it.
+            if jax.process_count() == 1 and not self.progress.owed:
+                self.progress = dataclasses.replace(self.progress, owed=True)
+                self.save(step, state)
+                self._say(f"saved step {step}, of which the evaluation failed")
+            raise
         scale = jax.device_put(
             np.float32(self.progress.lr_scale), state.lr_scale.sharding
         )
@@ -163,22 +207,23 @@ class Books:
     def assess(self, state: TrainState, step: int) -> None:
         """Evaluates, logs it, draws a picture, and decides what follows from it."""
         begin = time.perf_counter()
-        found = self.run.evaluate(state, keep=4)
+        found, names = self.run.evaluate(state, keep=4), self.run.meta.label_names
         self._log.scalars("evaluation", step, found.results)
         if distributed.is_main():
             path = self.workdir / "pictures" / f"step_{step:06d}.png"
-            names = self.run.meta.label_names
             report.picture(found.kept, path, label_names=names)
             self._log.image(step, path)
         seconds = time.perf_counter() - begin
         self._say(
             f"evaluation at step {step}: {short(found.results)} ({seconds:.1f} s)"
         )
+        one = collapsed(found.confusion, task=self.run.meta.task, label_names=names)
         plateau = self.run.config["plateau"]
         on = self.run.config["optim"]["schedule"] == "plateau"
         new = self.progress.after(
             step,
             score_of(found.results, self._train["monitor"]),
+            collapsed=one is not None,
             watched=-score_of(found.results, plateau["monitor"]) if on else None,
             factor=plateau["factor"],
             patience=plateau["patience"],
@@ -186,6 +231,17 @@ class Books:
         if new.lr_scale != self.progress.lr_scale:
             self._say(f"plateau: the learning rate is now scaled by {new.lr_scale:g}")
         self.results, self.progress = found.results, new
+        alarm = self._train.get("alarm", 0)
+        if one is not None and alarm and new.collapsed % alarm == 0:
+            self._say(_alarm(new.collapsed, *one))
+
+    def left_out(self) -> str:
+        """A sentence on the examples that could not be read; empty if all could."""
+        dataset = self.run.dataset
+        some = [*skipped(dataset.train), *skipped(dataset.evaluation)]
+        if not some:
+            return ""
+        return f"{len(some)} examples could not be read and counted nowhere: {some[0]}"
 
     def closing(self, step: int) -> str:
         """The last line about a run that is done."""
@@ -196,6 +252,17 @@ class Books:
             f" {self.progress.best_step}; checkpoints, logs and pictures are in"
             f" {self.workdir}"
         )
+
+
+def _alarm(evaluations: int, name: str, others: float) -> str:
+    return (
+        f"ALARM: {evaluations} evaluations in a row found {name!r} predicted nearly"
+        f" everywhere, while {others:.2%} of the truth is something else. Look at how"
+        " the masks are read (unet-jax inspect), whether the net can learn one batch"
+        " by heart (train.py --overfit_one_batch) and which learning rate suits it"
+        " (train.py --find_lr); for what is rare try --config.train.foreground=0.33"
+        " and --config.loss.dice=1"
+    )
 
 
 @contextmanager
@@ -215,7 +282,7 @@ def opened(
         InputError: The workdir holds another run.
     """
     workdir = Path(workdir)
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, say=say) as checkpoints:
         if start is None:
             start = checkpoints.latest_step() or 0
         progress, results = Progress(), {}
@@ -224,6 +291,13 @@ def opened(
             for change in check_same_run(stored, run.meta, workdir):
                 say(f"changed since the checkpoint: {change}")
             progress, results = Progress(**stored.progress), stored.results
+            best = progress.best_step
+            if progress.best is not None and best not in checkpoints.steps():
+                say(
+                    f"the best checkpoint, of step {best}, is no longer there: the best"
+                    " from here on is kept"
+                )
+                progress = dataclasses.replace(progress, best=None, best_step=0)
             state = checkpoints.restore(start, run.shapes)
         else:
             state = run.begin()

@@ -155,6 +155,37 @@ def evaluate(
     return Evaluation(results, np.concatenate(index)[order], counts, losses, kept)
 
 
+# Of what the truth has beside it: a net that predicts less is said to have collapsed.
+COLLAPSED = 0.01
+
+
+def collapsed(
+    confusion: NumpyArray, *, task: Task, label_names: Sequence[str]
+) -> tuple[str, float] | None:
+    """Whether a net predicts one thing nearly everywhere, and the truth is not so.
+
+    Args:
+        confusion: ``i64[N, K, K]`` or ``i64[N, K, 2, 2]``, see `metrics.confusion`.
+        task: ``classes`` or ``labels``.
+        label_names: One a channel of the logits.
+
+    Returns:
+        What it predicts, and the part of the pixels that are something else: in a
+        hundred of those it finds less than one. None for a net that tells things apart,
+        or where there is nothing to tell.
+    """
+    table = confusion.sum(0)
+    if task == "labels":
+        table = table.sum(0)
+        label_names = ("no label", "every label")
+    total = table.sum()
+    main = int(table.sum(0).argmax())
+    there, found = total - table.sum(1)[main], total - table.sum(0)[main]
+    if not there or found >= COLLAPSED * there:
+        return None
+    return label_names[main], float(there / total)
+
+
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """What the loop has decided from evaluations so far; JSON-able, in the checkpoint.
@@ -166,6 +197,8 @@ class Progress:
         plateau_best: The lowest watched value of reduce-on-plateau.
         plateau_since: Evaluations that have not bettered it.
         lr_scale: What the learning rate is scaled by.
+        collapsed: Evaluations in a row that found the net to have `collapsed`.
+        owed: Whether the evaluation of this step could not be finished.
     """
 
     best: float | None = None
@@ -174,12 +207,15 @@ class Progress:
     plateau_best: float | None = None
     plateau_since: int = 0
     lr_scale: float = 1.0
+    collapsed: int = 0
+    owed: bool = False
 
     def after(
         self,
         step: int,
         score: float,
         *,
+        collapsed: bool = False,
         watched: float | None = None,
         factor: float = 0.5,
         patience: int = 10,
@@ -189,6 +225,7 @@ class Progress:
         Args:
             step: The step evaluated.
             score: Higher is better; NaN never is.
+            collapsed: Whether the net predicts one thing only.
             watched: The value that reduce-on-plateau wants to see fall (the validation
                 loss), or None when it is off. As in PyTorch's ReduceLROnPlateau, an
                 improvement is one of 1e-4 of the value, and the rate is reduced when
@@ -202,6 +239,8 @@ class Progress:
             best=score if better else self.best,
             best_step=step if better else self.best_step,
             since_best=0 if better else self.since_best + 1,
+            collapsed=self.collapsed + 1 if collapsed else 0,
+            owed=False,
         )
         if watched is None:
             return new

@@ -1,5 +1,6 @@
 """What no run can be: configs, crops and meshes that are refused before it begins."""
 
+import math
 import operator
 from typing import Any
 
@@ -8,10 +9,30 @@ import jax
 from unet_jax import models, sharding
 from unet_jax.types import InputError, Shape, size_text
 
+BELOW_1 = math.nextafter(1, 0)
+ABOVE_0 = math.nextafter(0, 1)
+
+# (section, key, least, most, what it must be)
+_RANGES: tuple[tuple[str, str, float, float, str], ...] = (
+    ("", "seed", 0, 2**63 - 1, "0 or more, and below 2^63"),
+    *(
+        ("train", key, 0, math.inf, "0 or more")
+        for key in ("log_every", "eval_every", "save_every", "patience", "alarm")
+    ),
+    ("train", "threads", 0, math.inf, "0 or more: 0 is one a core"),
+    ("train", "memory_gb", 0, 2**40, "0 or more: 0 is what the device says"),
+    ("train", "foreground", 0, 1, "from 0 to 1, a part of the crops"),
+    ("train", "ema", 0, BELOW_1, "from 0 to below 1: 0 is no average"),
+    ("train", "threshold", ABOVE_0, BELOW_1, "above 0 and below 1: use 0.5"),
+    ("plateau", "factor", ABOVE_0, BELOW_1, "above 0 and below 1: use 0.5"),
+    ("plateau", "patience", 0, math.inf, "0 or more"),
+)
+
 
 def check(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
     """Refuses what cannot work, before any data is read."""
     train = config["train"]
+    _check_ranges(config)
     for name in ("steps", "batch_size", "accumulate", "eval_batch_size"):
         if train[name] < 1:
             raise InputError(f"train.{name} = {train[name]} must be 1 or more.")
@@ -37,6 +58,15 @@ def check(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
                 f" train.accumulate = {train['accumulate']} splits it: use"
                 f" train.accumulate=1 or leave out loss.{key}."
             )
+
+
+def _check_ranges(config: dict[str, Any]) -> None:
+    """Refuses numbers that mean nothing where they stand."""
+    for section, key, low, high, what in _RANGES:
+        value = (config.get(section, {}) if section else config).get(key)
+        if value is not None and not low <= value <= high:
+            name = f"{section}.{key}" if section else key
+            raise InputError(f"{name} = {value} must be {what}.")
 
 
 def _check_calls(train: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -259,10 +259,14 @@ class Meter:
 
     Args:
         workdir: Named in that sentence.
+        images_of: From a step to the names of its images, for that sentence too.
     """
 
-    def __init__(self, workdir: Path) -> None:
-        self._workdir = workdir
+    def __init__(
+        self, workdir: Path, images_of: Callable[[int], str] | None = None
+    ) -> None:
+        self._workdir, self._images_of = workdir, images_of
+        self._waited = 0.0
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         self._loss = self._count = self._grad_norm = 0.0
         self._begin = time.perf_counter()
@@ -275,8 +279,15 @@ class Meter:
         yield
         self._begin += time.perf_counter() - begin
 
-    def add(self, step: int, stats: Any) -> None:
-        """Takes the sums of the steps up to ``step``; reads those of a while ago."""
+    def add(self, step: int, stats: Any, *, waited: float = 0.0) -> None:
+        """Takes the sums of the steps up to ``step``; reads those of a while ago.
+
+        Args:
+            step: Updates done.
+            stats: Of the training step.
+            waited: Seconds that went into waiting for the batch.
+        """
+        self._waited += waited
         self._pending.append((step, stats))
         while len(self._pending) > 4:
             self._read(*self._pending.popleft())
@@ -295,12 +306,14 @@ class Meter:
         bad = ~(np.isfinite(losses) & np.isfinite(norms))
         if bad.any():
             first = int(bad.argmax())
+            number = step + first + 1 - len(bad)
+            images = self._images_of(number) if self._images_of else ""
             raise InputError(
                 f"the loss is {losses[first]} and the gradient's norm {norms[first]} at"
-                f" step {step + first + 1 - len(bad)}: the run stops, and"
+                f" step {number}{images and f' ({images})'}: the run stops, and"
                 f" {self._workdir} keeps the last good checkpoint; try a smaller"
-                " optim.learning_rate or optim.clip=1 in a new --workdir, or look for"
-                " images with extreme values."
+                " optim.learning_rate (--find_lr finds one) or optim.clip=1 in a new"
+                " --workdir, or look for images with extreme values."
             )
         self._loss += float(losses.sum())
         self._count += float(counts.sum())
@@ -309,7 +322,8 @@ class Meter:
     def take(self) -> dict[str, float]:
         """Loss (mean over examples), gradient norm (the last step's) and speed.
 
-        All since the last call.
+        ``input_wait`` is the part of the time that went into waiting for batches. All
+        since the last call.
         """
         self.drain()
         seconds = time.perf_counter() - self._begin
@@ -317,7 +331,8 @@ class Meter:
             "loss": self._loss / max(self._count, 1.0),
             "grad_norm": self._grad_norm,
             "images_per_second": self._count / seconds,
+            "input_wait": min(self._waited / seconds, 1.0),
         }
-        self._loss = self._count = 0.0
+        self._loss = self._count = self._waited = 0.0
         self._begin = time.perf_counter()
         return out

@@ -328,6 +328,15 @@ def build(
         "focal": focal,
     }
     _check_factors(factors, task=task)
+    for key, value in (
+        ("smooth", smooth),
+        ("gamma", gamma),
+        ("alpha", alpha),
+        ("beta", beta),
+        ("class_weights", class_weights),
+        ("focal_alpha", focal_alpha),
+    ):
+        _check_option(key, value)
     pixel = {"class_weights": tuple(class_weights), "normalise": normalise}
     region = {
         "task": task,
@@ -372,6 +381,19 @@ def _check_factors(factors: dict[str, float], *, task: Task) -> None:
         raise InputError(
             f"no loss term has a factor above 0: set one of dice, tversky, focal "
             f"or {instead}, for example {instead}=1.0"
+        )
+
+
+def _check_option(key: str, value: float | Sequence[float]) -> None:
+    """Refuses what would turn a loss round, or make it 0 or NaN everywhere."""
+    several = isinstance(value, Sequence)
+    each = value if several else (value,)
+    if not all(0 <= number < float("inf") for number in each):
+        raise InputError(f"loss.{key} = {value} must be finite, and 0 or more")
+    if several and each and not any(each):
+        raise InputError(
+            f"loss.{key} = {tuple(each)} counts no class: give one a number above 0, or"
+            " leave it out"
         )
 
 

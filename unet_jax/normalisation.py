@@ -9,13 +9,16 @@ Kinds:
     ``standard``  zero mean and unit deviation over the training split
     ``example``   each image or volume by its own mean and deviation, when it is loaded
                   (for MR intensities without a unit, or brightness that means nothing)
+    ``auto``      ``range`` for 8 bits, whose white is known, else ``standard``: 12 bits
+                  of a camera fill 6 % of 16, and floats have any unit
 
 A net from elsewhere (`stated`) was not trained on pixels of one dtype: instead of it
 there is ``"unit": "range"``, and shift and scale apply to pixels that the range of
 their own type has brought to 0..1 (floats as is).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,8 +26,9 @@ import numpy as np
 
 from unet_jax.types import Array, InputError, NumpyArray, choose
 
-KINDS = ("range", "standard", "example")
+KINDS = ("auto", "range", "standard", "example")
 Stats = Mapping[str, Any]
+MEASURED = 2000  # images of which the mean and the deviation are taken, at most
 
 
 def measure(kind: str, images: Iterable[NumpyArray]) -> dict[str, Any]:
@@ -36,8 +40,8 @@ def measure(kind: str, images: Iterable[NumpyArray]) -> dict[str, Any]:
             first one only.
 
     Returns:
-        ``{"kind", "dtype", "shift", "scale"}``, JSON-able; ``dtype`` is the name of
-        the images' type as stored.
+        ``{"kind", "dtype", "shift", "scale"}``, JSON-able; ``kind`` is what ``auto``
+        stands for, ``dtype`` the name of the images' type as stored.
 
     Raises:
         InputError: An unknown kind.
@@ -46,6 +50,8 @@ def measure(kind: str, images: Iterable[NumpyArray]) -> dict[str, Any]:
     images = iter(images)
     first = next(images)
     channels, dtype = first.shape[-1], first.dtype.name
+    if kind == "auto":
+        kind = "range" if first.dtype == np.uint8 else "standard"
     if kind != "standard":
         whole = kind == "range" and np.issubdtype(first.dtype, np.integer)
         scale = 1.0 / float(np.iinfo(first.dtype).max) if whole else 1.0
@@ -71,6 +77,22 @@ def measure(kind: str, images: Iterable[NumpyArray]) -> dict[str, Any]:
     }
 
 
+def spread(source: Any) -> Iterator[NumpyArray]:
+    """Images of a data set for `measure`, of a large one `MEASURED`, evenly spread.
+
+    Args:
+        source: Examples with ``image`` and ``weight``; those of which nothing counts
+            are left out. Four are read at a time.
+    """
+    count = min(len(source), MEASURED)
+    numbers = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        for begin in range(0, count, 16):
+            for example in pool.map(source.__getitem__, numbers[begin : begin + 16]):
+                if example["weight"].any():
+                    yield example["image"]
+
+
 def stated(
     kind: str | None,
     channels: int,
@@ -81,7 +103,8 @@ def stated(
     """The normalisation of a net whose training data are not at hand.
 
     Args:
-        kind: One of `KINDS`; None for ``range``, or ``standard`` if there is a mean.
+        kind: One of `KINDS` but ``auto``; None for ``range``, or ``standard`` if there
+            is a mean.
         channels: Of the image.
         mean: Of pixels in 0..1, a number for each channel or one for all.
         std: Their deviation, likewise.
@@ -94,7 +117,7 @@ def stated(
             with the kind, or another number of numbers.
     """
     if kind is not None:
-        choose(KINDS, kind, "--normalisation =")
+        choose(KINDS[1:], kind, "--normalisation =")
     if bool(mean) != bool(std):
         raise InputError("--mean and --std go together: give both, or neither.")
     if mean and kind == "example":

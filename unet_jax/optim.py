@@ -129,11 +129,7 @@ def _schedule(
     final_fraction: float,
 ) -> optax.Schedule:
     choose(SCHEDULES, kind, "optim.schedule =")
-    if warmup_steps >= total_steps and warmup_steps:
-        raise InputError(
-            f"optim.warmup_steps = {warmup_steps} leaves nothing of train.steps ="
-            f" {total_steps}: add --config.optim.warmup_steps={total_steps // 10}."
-        )
+    warmup_steps = min(warmup_steps, total_steps // 2)
     rest = max(total_steps - warmup_steps, 1)
     final = learning_rate * final_fraction
     if kind == "cosine":
@@ -148,6 +144,22 @@ def _schedule(
     first = learning_rate / warmup_steps
     warmup = optax.linear_schedule(first, learning_rate + first, warmup_steps)
     return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def _check_numbers(**values: float) -> None:
+    """Refuses what would climb, or make NaN."""
+    for key, value in values.items():
+        if not 0 <= value < math.inf:
+            raise InputError(
+                f"optim.{key} = {value} must be a finite number of 0 or more."
+            )
+
+
+def _check_parts(key: str, values: Sequence[float]) -> None:
+    """Refuses averages that do not forget."""
+    if not all(0 <= value < 1 for value in values):
+        shown = values[0] if len(values) == 1 else tuple(values)
+        raise InputError(f"optim.{key} = {shown} must be from 0 to below 1.")
 
 
 def build(
@@ -178,7 +190,8 @@ def build(
         total_steps: Updates in all; where ``cosine`` and ``poly`` end.
         schedule: ``constant`` | ``cosine`` | ``poly`` | ``plateau``. ``plateau`` is
             constant here: the loop scales the update (`unet_jax.evaluation.Progress`).
-        warmup_steps: Updates of linear rise, from ``1 / warmup_steps`` of the peak.
+        warmup_steps: Updates of linear rise, from ``1 / warmup_steps`` of the peak; at
+            most half of all.
         power: The exponent of ``poly``.
         final_fraction: Where ``cosine`` and ``poly`` end, as a part of the peak.
         momentum: Of ``sgd``, by default the paper's 0.99 (arXiv 1505.04597, section
@@ -218,10 +231,22 @@ def build(
             f" optim.momentum = {momentum}: leave it out, or use optim.name='sgd' with"
             " a momentum above 0."
         )
+    _check_numbers(
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        power=power,
+        final_fraction=final_fraction,
+        eps=eps,
+        weight_decay=weight_decay,
+        clip=clip,
+    )
+    for key, values in (("momentum", (momentum,)), ("alpha", (alpha,))):
+        _check_parts(key, values)
     if len(betas) != 2:
         raise InputError(
             f"optim.betas = {tuple(betas)} must be two numbers, such as (0.9, 0.999)."
         )
+    _check_parts("betas", betas)
     rate = _schedule(
         schedule,
         learning_rate,

@@ -130,10 +130,11 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     found: dict[Path, Path] = {}
     for given in [os.fspath(name) for name in inputs]:
         path = Path(given).expanduser()
-        if path.is_dir():
+        # Unlike pathlib's, these do not fail on a name that no file can have.
+        if os.path.isdir(path):
             paths = [p for p in sorted(path.iterdir()) if _is_image(p)]
-        elif path.exists() or not glob.has_magic(given):
-            if not path.exists():
+        elif os.path.exists(path) or not glob.has_magic(given):
+            if not os.path.exists(path):
                 raise InputError(f"{given} does not exist: check the path.")
             if not _is_image(path):
                 raise InputError(f"{given} is no image: use one of {known}.")

@@ -326,3 +326,31 @@ def curves(workdir: str | os.PathLike[str]) -> Path:
     figure.savefig(content, format="png", dpi=100)
     replace_file(folder / "curves.png", content.getvalue())
     return folder / "curves.png"
+
+
+def rates(
+    path: Path,
+    rate: NumpyArray,
+    loss: Sequence[float],
+    smooth: NumpyArray,
+) -> None:
+    """Draws the losses of a search for the learning rate.
+
+    Args:
+        path: The PNG to write.
+        rate: ``f64[N]``.
+        loss, smooth: At each of them, as measured and smoothed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.add_subplot()
+    # What is far above the lowest is cut off, or it would flatten all else.
+    axis.semilogx(rate, np.clip(loss, None, 3 * smooth.max()), alpha=0.4, label="loss")
+    axis.semilogx(rate, smooth, label="smoothed")
+    axis.set_xlabel("learning rate")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=100)
+    replace_file(path, data.getvalue())

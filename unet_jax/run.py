@@ -7,6 +7,7 @@ goes to the builder of the same name as keyword arguments.
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from unet_jax import (
     models,
     normalisation,
     optim,
+    options,
     sharding,
     transfer,
 )
@@ -92,6 +94,8 @@ class Run:
             margin=models.margin(self.model, self.dataset.rank),
             start=start,
             rows=sharding.own_rows(self.mesh, train["batch_size"]),
+            foreground=train.get("foreground", 0.0),
+            threads=read_threads(self.config),
         )
 
     def batch_shapes(self) -> Any:
@@ -157,6 +161,7 @@ class Run:
             batch_size=batch_size,
             pads=partial(models.pads, self.model, space=self.mesh.shape["space"]),
             rows=sharding.own_rows(self.mesh, batch_size),
+            threads=read_threads(self.config),
         )
         return evaluate(
             self.eval_step,
@@ -167,6 +172,14 @@ class Run:
             label_names=self.meta.label_names,
             keep=keep,
         )
+
+
+def read_threads(config: dict[str, Any]) -> int:
+    """How many threads read batches ahead: as asked, else one a core and at most 8.
+
+    Each holds a batch, so that more would take memory; decoding leaves Python's lock.
+    """
+    return config["train"].get("threads", 0) or min(os.cpu_count() or 1, 8)
 
 
 def _stacked(batches: Iterator[Batch], count: int) -> Iterator[Any]:
@@ -250,6 +263,7 @@ def build(
     Raises:
         InputError: What cannot work.
     """
+    options.check(config)
     config = _as_found(config, stored)
     batch_size, remat = config["train"]["batch_size"], config["model"].get("remat", 0)
     unit = mesh.shape["data"] * max(config["train"]["accumulate"], 1)
@@ -270,10 +284,7 @@ def build(
     models.output_size(net.model, train["crop"])
     feasible.check_depth(net.model, train["crop"])
     feasible.check_space(net.model, train["crop"], mesh)
-    stats = normalisation.measure(
-        config["data"]["normalisation"],
-        (dataset.train[i]["image"] for i in range(len(dataset.train))),
-    )
+    stats = _normalisation(config, dataset, stored)
     compose = partial(_compose, mesh=mesh, dataset=dataset, stats=stats)
     if batch_size and remat >= 0:
         return compose(trial, net)
@@ -309,6 +320,21 @@ def build(
         levels = net.model.depth + 1
         remat = budget.least_remat(peak, levels=levels, limit=limit, say=say)
     return compose(_with(config, batch_size, remat), net.remade(remat))
+
+
+def _normalisation(
+    config: dict[str, Any], dataset: data.Dataset, stored: Meta | None
+) -> dict[str, Any]:
+    """Of the run that goes on, if it is asked for the same; else of the training data.
+
+    Measured again, it would change with every image that is added or has been lost.
+    """
+    kind = config["data"].get("normalisation", "auto")
+    if stored is not None:
+        same = stored.config.get("data", {}).get("normalisation") == kind
+        if same and stored.normalisation.get("dtype") == dataset.dtype.name:
+            return stored.normalisation
+    return normalisation.measure(kind, normalisation.spread(dataset.train))
 
 
 def _with(config: dict[str, Any], batch_size: int, remat: int) -> dict[str, Any]:
@@ -360,7 +386,8 @@ def _compose(
     loss_fn = losses.build(task=task, **config["loss"])
     augment_fn = augment.build(**config["augment"])
     names, model = dataset.label_names, net.model
-    volumes = config["data"]["volumes"] if config["data"]["source"] == "volumes" else {}
+    source = config["data"]["source"]
+    volumes = config["data"][source] if source in ("volumes", "nnunet") else {}
     known = figures(task, names)
     choose(known, train["monitor"], "train.monitor =")
     choose(known, config["plateau"]["monitor"], "plateau.monitor =")
