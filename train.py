@@ -21,6 +21,7 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -100,8 +101,10 @@ def describe(run: Run) -> None:
         f"training: {train['steps']} steps of {train['batch_size']} crops of {size},"
         f" {epochs:.1f} times through the data"
     )
-    if advice := _rare(run, [dataset.train[i] for i in some]):
-        say(f"note: {advice}")
+    first = [dataset.train[i] for i in some]
+    for advice in (_rare(run, first), _many(run, first)):
+        if advice:
+            say(f"note: {advice}")
     shape = (1, *train["crop"], dataset.channels)
     say(report.model_table(run.model, shape, freeze=run.config["optim"]["freeze"]))
 
@@ -129,6 +132,21 @@ def _rare(run: Run, examples: list[Any]) -> str:
     return (
         f"{name} has {shares[name]:.2%} of the pixels, and most crops will have little"
         " of it: --config.train.foreground=0.33 lays a third of them around foreground"
+    )
+
+
+def _many(run: Run, examples: list[Any]) -> str:
+    """A sentence where decoded examples exceed the memory they may have, else ""."""
+    config, dataset = run.config["data"], run.dataset
+    mean = sum(e["image"].nbytes + e["label"].nbytes for e in examples) / len(examples)
+    total = mean * (len(dataset.train) + len(dataset.evaluation))
+    budget = config.get("cache_mb", 0)
+    if config["source"] == "cells" or config.get("cache_dir") or total < budget * 2**20:
+        return ""
+    return (
+        f"decoded, the examples take about {total / 2**30:.1f} GB, more than"
+        f" data.cache_mb = {budget:g}: most are decoded anew each time; data.cache_dir,"
+        " a folder, would keep them on disk"
     )
 
 
@@ -182,6 +200,7 @@ def train_and_evaluate(
     if members.asked(config):
         return train_members(config, workdir)
     if workdir is not None:
+        _check_workdir(workdir)
         members.check_workdir(workdir, None)
     mesh = sharding.make_mesh(config["mesh"]["data"], config["mesh"]["space"])
     kind = mesh.devices.flat[0].device_kind
@@ -264,6 +283,27 @@ def _made(workdir: str | os.PathLike[str]) -> Path:
             f"the workdir {workdir} cannot be made ({error.strerror}): use another."
         ) from error
     return workdir
+
+
+def _check_workdir(workdir: str | os.PathLike[str]) -> None:
+    """Refuses, before any data is read, a workdir that cannot be one."""
+    folders = {"checkpoints": True, "train.csv": False, "evaluation.csv": False}
+    for name, folder in folders.items():
+        path = Path(workdir) / name
+        try:
+            found = stat.S_ISDIR(path.stat().st_mode)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InputError(
+                f"the workdir {workdir} cannot be used ({error.strerror}): use another."
+            ) from error
+        if found != folder:
+            what = "a file" if folder else "a folder"
+            raise InputError(
+                f"{path} is {what}, and a run would keep something else there: use"
+                " another --workdir."
+            )
 
 
 def _say_found(asked: dict[str, Any], run: dict[str, Any]) -> None:
@@ -512,6 +552,14 @@ def main() -> int:
         return distributed.guarded(job)
     except InputError as error:
         print(f"train.py: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        why = one_line(error) or "no more to be had"
+        print(
+            f"train.py: error: this needs more memory than there is ({why}): make"
+            " images, crops or batches smaller.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped", file=sys.stderr)

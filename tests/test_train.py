@@ -403,6 +403,22 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     assert load_for_inference(tmp_path, which="latest")[3] == saved
 
 
+def test_nothing_is_asked_of_the_network(tmp_path):
+    code = (
+        "import runpy, sys\n"
+        "def refuse(event, args):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        "        raise SystemExit(f'{event}: {args}')\n"
+        "sys.addaudithook(refuse)\n"
+        f"sys.argv = {_command(tmp_path, steps=2)[1:]}\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "finished at step 2" in done.stdout, done.stderr
+
+
 def _run(*flags):
     return subprocess.run(
         _command(None, *flags), cwd=ROOT, capture_output=True, text=True
