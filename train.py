@@ -44,7 +44,7 @@ from unet_jax import (
     sharding,
     trials,
 )
-from unet_jax.books import HELD_UP, Books, announced, opened, short
+from unet_jax.books import HELD_UP, Batches, Books, announced, opened, short
 from unet_jax.checkpoint import stored_meta
 from unet_jax.cli.arguments import load, one_line
 from unet_jax.run import Run, build
@@ -92,8 +92,8 @@ def describe(run: Run) -> None:
         f" examples, {dataset.dtype}, {dataset.channels} channel(s);"
         f" {run.meta.task}: {', '.join(run.meta.label_names)}"
     )
-    some = range(min(len(dataset.train), 16))
-    images = (dataset.train[i]["image"] for i in some)
+    first = _first(dataset.train)
+    images = (example["image"] for example in first)
     if advice := normalisation.advice(run.meta.normalisation, images):
         say(f"note: {advice}")
     epochs = train["steps"] * train["batch_size"] / len(dataset.train)
@@ -101,7 +101,6 @@ def describe(run: Run) -> None:
         f"training: {train['steps']} steps of {train['batch_size']} crops of {size},"
         f" {epochs:.1f} times through the data"
     )
-    first = [dataset.train[i] for i in some]
     for advice in (_rare(run, first), _many(run, first)):
         if advice:
             say(f"note: {advice}")
@@ -109,13 +108,22 @@ def describe(run: Run) -> None:
     say(report.model_table(run.model, shape, freeze=run.config["optim"]["freeze"]))
 
 
+def _first(source: Any) -> list[Any]:
+    """A few examples to judge by; of large volumes one or two."""
+    found, size = [], 0
+    for i in range(min(len(source), 16)):
+        found.append(source[i])
+        size += sum(array.nbytes for array in found[-1].values())
+        if size > 2**28:
+            break
+    return found
+
+
 def _rare(run: Run, examples: list[Any]) -> str:
     """A sentence where a class is rare and crops may well miss it, else ""."""
     train, names = run.config["train"], run.meta.label_names
     crop = math.prod(train["crop"])
     small = any(2 * crop < math.prod(e["image"].shape[:-1]) for e in examples)
-    if train.get("foreground") or not small:
-        return ""
     pixels = sum(float((e["weight"] > 0).sum()) for e in examples)
     shares = {}
     for i, name in enumerate(names):
@@ -124,9 +132,16 @@ def _rare(run: Run, examples: list[Any]) -> str:
             shares[name] = float(sum(counts)) / max(pixels, 1.0)
         elif run.meta.task == "labels":
             some = [e["label"][..., i] * (e["weight"][..., i] > 0) for e in examples]
-            shares[name] = float(sum(x.sum() for x in some)) * len(names) / pixels
+            found = float(sum(x.sum() for x in some))
+            shares[name] = found * len(names) / max(pixels, 1.0)
+    if shares and not any(shares.values()):
+        return (
+            f"none of the first {len(examples)} examples has anything but"
+            f" {names[0] if run.meta.task == 'classes' else 'background'}: look at how"
+            " the masks are read with unet-jax inspect"
+        )
     shares = {name: share for name, share in shares.items() if 0 < share < RARE}
-    if not shares:
+    if train.get("foreground") or not small or not shares:
         return ""
     name = min(shares, key=lambda name: shares[name])
     return (
@@ -258,6 +273,8 @@ def train_members(
     Returns:
         Of folds the figures out of fold, of seeds the means of the members' best.
     """
+    if workdir is not None:
+        _check_workdir(workdir)
     team = members.build(config, workdir, say=say)
     say(f"what follows is of {team.names[0]}, the others are like it:")
     describe(team.runs[0])
@@ -265,7 +282,10 @@ def train_members(
         members.compile_step(team, say=say)
         return {}
     workdir = _made(workdir)
-    with lock.hold(workdir, say=say):
+    with contextlib.ExitStack() as held:
+        # Each member too: train.py goes on with it as with any other run.
+        for folder in (workdir, *(workdir / name for name in team.names)):
+            held.enter_context(lock.hold(_made(folder), say=say))
         with interruptible() as interrupted:
             members.train(team, workdir, say=say, interrupted=interrupted)
         for name in team.names:
@@ -321,6 +341,7 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
     step = begin = int(state.step)
     if books.progress.owed:  # a file of it could not be read, perhaps it now can
         state = books.evaluated(step, state)
+        books.save(step, state, again=True)
     if step >= total or books.impatient:
         say(f"the run is finished at step {step}: {short(books.results)}")
         return
@@ -376,38 +397,7 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
         raise SystemExit(0)
     if step < total:
         say(f"stopped early: {train['patience']} evaluations without a better one")
-    if left_out := books.left_out():
-        say(left_out)
-    if step > begin:
-        say(books.bottleneck())
     say(books.closing(step))
-
-
-class Batches:
-    """Batches of a run that say how long they were waited for, and why they end.
-
-    Attributes:
-        waited: Seconds that the last one took.
-        failed: What is wrong with the data of the next one, of which the steps before
-            should not suffer: they are saved first.
-    """
-
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self._batches = batches
-        self.waited = 0.0
-        self.failed: InputError | None = None
-
-    def __next__(self) -> Any:
-        begin = time.perf_counter()
-        try:
-            return next(self._batches)
-        except InputError as error:
-            # Of several processes the others cannot know: all end without saving.
-            if not self.waited or jax.process_count() > 1:
-                raise
-            self.failed = error
-        finally:
-            self.waited = time.perf_counter() - begin
 
 
 class Command(NamedTuple):

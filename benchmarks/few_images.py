@@ -129,7 +129,7 @@ def counted(
     setting = measures.Setting(
         predictor=predictor, task="classes", label_names=wired.meta.label_names
     )
-    return measures.rows(("pixels", "isbi2012"), setting, wired.dataset.evaluation)
+    return measures.rows(("pixels", "isbi2012"), setting, wired.dataset.evaluation).of
 
 
 def measured(wired: run.Run, count: int, seed: int) -> dict[str, float]:

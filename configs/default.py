@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     data.cells.noise = placeholder(float)
     data.cells.gap = placeholder(bool)  # a pixel of background between touching cells
     data.folder = ConfigDict()  # unet_jax.data.folder.open
-    data.folder.images = placeholder(str)  # a folder under root, or a glob
+    data.folder.images = placeholder(str)  # a folder, a glob, or images/{split}
     data.folder.masks = placeholder(str)
     data.folder.label_masks = placeholder(tuple)  # (("vessel", "masks/vessel"), ...)
     # auto | binary | index | instances | objects | colors | planes

@@ -41,7 +41,7 @@ ROWS = [
     {"training", "pictures", "tiles", "meta"},
     {"torch_weights"},
     {"evaluation", "checkpoint"},
-    {"transfer", "feasible"},
+    {"transfer", "feasible", "options"},
     {"predict", "overlay", "run"},
     {"predict_files", "report", "preview", "measures", "inspection"},
     {"pruning", "features", "diagram", "convert", "parity", "books", "trials"},

@@ -97,7 +97,7 @@ def test_an_image_that_is_deleted_may_be_skipped(root, tmp_path, monkeypatch, ca
     config = _config(root, **{"data.on_error": "skip"})
     train.train_and_evaluate(config, tmp_path / "run")
     text = capsys.readouterr().out
-    assert "1 examples could not be read and counted nowhere" in text
+    assert "1 example could not be read and counted nowhere" in text
     assert max(_steps(tmp_path / "run")) == 12
 
 
@@ -120,6 +120,41 @@ def test_an_evaluation_that_fails_is_made_up_for(root, tmp_path, capsys):
     image.write_bytes(stored)
     assert train.train_and_evaluate(config, workdir) == whole
     assert _rows(workdir / "evaluation.csv") == ["4", "8", "12"]
+
+
+def test_what_is_made_up_for_may_be_the_best(root, tmp_path, capsys, monkeypatch):
+    image = root / "images" / "9.png"
+    stored = image.read_bytes()
+    scores = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr("unet_jax.books.score_of", lambda *_, **__: next(scores))
+    compiled = train.compile_step
+
+    def broken(run, state, batch):
+        image.write_bytes(stored[:50])
+        return compiled(run, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_step", broken)
+        with pytest.raises(InputError, match=r"9\.png cannot be read"):
+            train.train_and_evaluate(_config(root), tmp_path / "run")
+    image.write_bytes(stored)
+    train.train_and_evaluate(_config(root), tmp_path / "run")
+    with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
+        assert checkpoints.best_step() == 4
+        meta = checkpoints.read_meta(4)
+        assert meta.results and not meta.progress["owed"]
+    assert _rows(tmp_path / "run" / "evaluation.csv") == ["4", "8", "12"]
+
+
+def test_other_images_than_before_are_told(root, tmp_path, capsys):
+    train.train_and_evaluate(_config(root, **{"train.steps": 4}), tmp_path / "run")
+    (root / "images" / "9.png").unlink()
+    (root / "masks" / "9.png").unlink()
+    capsys.readouterr()
+    train.train_and_evaluate(_config(root, **{"train.steps": 8}), tmp_path / "run")
+    text = capsys.readouterr().out
+    assert "the images of data.evaluation: 2 -> 1, and not the same ones" in text
+    assert "the images of data.train" not in text
 
 
 @pytest.mark.parametrize("slow", [True, False])

@@ -1,13 +1,18 @@
 """Checkpoints: exact, complete, the best and the latest kept, refusals."""
 
+import contextlib
+import dataclasses
+import errno
+import os
 import shutil
+from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
 
-from unet_jax import checkpoint, models, optim, training
+from unet_jax import checkpoint, integrity, log, models, optim, training
 from unet_jax.checkpoint import Checkpoints, Meta
 from unet_jax.types import InputError
 
@@ -139,3 +144,151 @@ def test_a_checkpoint_of_format_1_is_still_read():
     assert checkpoint.check_same_run(meta, now, "runs/a") == []
     with pytest.raises(InputError, match=r"model\.up"):
         checkpoint.check_same_run(meta, META, "runs/a")
+
+
+def test_a_step_is_left_as_it_is_unless_it_is_to_be_replaced(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, score in ((1, 0.5), (2, -1e30)):
+            checkpoints.save(_state(step=step), META, score=score)
+        checkpoints.save(_state(seed=1, step=2), META, score=0.9)
+        checkpoints.wait()
+        assert checkpoints.best_step() == 1
+    assert integrity.score_of(tmp_path, 2) == -1e30
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_what_is_saved_again_replaces_what_was_there(tmp_path, under_way):
+    progress, results = {"best": 0.9, "best_step": 2}, {"dice": 0.9}
+    new = dataclasses.replace(META, progress=progress, results=results)
+    state = _state(seed=1, step=2)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, score in ((1, 0.5), (2, -1e30)):
+            checkpoints.save(_state(step=step), META, score=score)
+        if not under_way:
+            checkpoints.wait()
+            assert checkpoints.best_step() == 1
+        checkpoints.save(state, new, score=0.9, again=True)
+        assert checkpoints.read_meta(2) == new
+        assert checkpoints.best_step() == checkpoints.latest_step() == 2
+        assert checkpoints.steps() == [1, 2]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
+    assert integrity.score_of(tmp_path, 2) == 0.9
+    assert integrity.sums_of(tmp_path, 2) is not None
+    assert integrity.damage(tmp_path, 2) is None
+    _, variables, meta, step = checkpoint.load_for_inference(tmp_path)
+    assert (meta, step) == (new, 2)
+    chex.assert_trees_all_equal(variables, jax.device_get(state.variables))
+    with Checkpoints(tmp_path, say=pytest.fail) as checkpoints:
+        found = checkpoints.restore(2, jax.eval_shape(_state))
+        chex.assert_trees_all_equal(_numbers(found), _numbers(state))
+        for step in (3, 4):
+            checkpoints.save(_state(step=step), META, score=0.1)
+    assert integrity.steps_in(tmp_path) == [2, 3, 4]  # the best is kept
+
+
+def test_saving_again_what_is_not_there_is_saving(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(_state(step=1), META, score=0.5, again=True)
+    assert integrity.score_of(tmp_path, 1) == 0.5
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+MOVES = [
+    (Path, "rename"),
+    (Path, "unlink"),
+    (shutil, "rmtree"),
+    (integrity, "replace_file"),
+]
+
+
+def _moves(monkeypatch, last):
+    """What is moved, written and removed from here on; a kill comes before `last`."""
+    made = []
+
+    def counted(real):
+        def move(path, *args, **kwargs):
+            made.append(path)
+            if len(made) > last:
+                raise Killed
+            return real(path, *args, **kwargs)
+
+        return move
+
+    for owner, name in MOVES:
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    return made
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_a_kill_while_one_is_replaced_costs_nothing(tmp_path, monkeypatch, only):
+    made, steps = tmp_path / "made", [2] if only else [1, 2]
+    new = dataclasses.replace(META, progress={"best": 0.9})
+    with Checkpoints(made) as checkpoints:
+        for step in steps:
+            checkpoints.save(_state(step=step), META, score=0.1)
+        monkeypatch.setattr(integrity, "replace", lambda *_: None)
+        checkpoints.save(_state(step=2), new, score=0.9, again=True)
+        monkeypatch.undo()
+    assert (made / "checkpoints" / "again").is_dir()
+    scores = []
+    for last in range(10):
+        workdir = shutil.copytree(made, tmp_path / str(last))
+        with monkeypatch.context() as patch:
+            moves = _moves(patch, last)
+            with contextlib.suppress(Killed):
+                integrity.replace(workdir, 2)
+        stored = checkpoint.stored_meta(workdir)
+        assert stored in (META, new)
+        assert checkpoint.load_for_inference(workdir, which="latest")[2] in (META, new)
+        with Checkpoints(workdir, say=pytest.fail) as checkpoints:
+            assert checkpoints.steps() == steps
+            scores.append(integrity.score_of(workdir, 2))
+            found = checkpoints.read_meta(2)
+            assert found == (new if scores[-1] == 0.9 else META)
+            # The old one has been moved, the new one not yet: that before it is read.
+            assert found == stored or (not only and last in (1, 2))
+        assert integrity.sums_of(workdir, 2) is not None
+        assert integrity.damage(workdir, 2) is None
+        names = {path.name for path in (workdir / "checkpoints").iterdir()}
+        assert names == set(map(str, steps))
+        if len(moves) <= last:
+            break
+    assert scores == [0.1] + [0.9] * 6
+
+
+def test_a_kill_while_one_is_saved_again_costs_nothing(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(_state(step=1), META, score=0.1)
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            moves = _moves(patch, 1)
+            with pytest.raises(Killed):
+                checkpoints.save(_state(step=1), META, score=0.9, again=True)
+        assert moves[-1].name == "1.json"
+    with Checkpoints(tmp_path, say=pytest.fail) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        assert integrity.score_of(tmp_path, 1) == 0.1
+        checkpoints.save(_state(step=1), META, score=0.9, again=True)
+    assert integrity.score_of(tmp_path, 1) == 0.9
+
+
+def test_a_full_disk_leaves_what_was_to_be_replaced(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(number, os.strerror(number), str(path))
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(_state(step=1), META, score=0.1)
+        checkpoints.wait()
+        for number in (errno.ENOSPC, errno.EFBIG):
+            with monkeypatch.context() as patch:
+                patch.setattr(log.Path, "write_bytes", full)
+                with pytest.raises(InputError, match="full.*goes on from"):
+                    checkpoints.save(_state(step=1), META, score=0.9, again=True)
+        assert checkpoints.best_step() == checkpoints.latest_step() == 1
+    assert integrity.score_of(tmp_path, 1) == 0.1
+    with Checkpoints(tmp_path, say=pytest.fail) as checkpoints:
+        checkpoints.save(_state(step=1), META, score=0.9, again=True)
+    assert integrity.score_of(tmp_path, 1) == 0.9

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import chex
@@ -18,6 +19,7 @@ from benchmarks.reliability.faults import (
     FAULTS,
     KINDS,
     ON_FILES,
+    delete,
     empty,
     flip,
     largest,
@@ -94,7 +96,7 @@ def _restored(checkpoints, step, state):
 
 
 # Of what befalls one file a part, for the time it takes.
-SOME = [*FAULTS[:ON_FILES:3], *FAULTS[ON_FILES:]]
+SOME = [*FAULTS[:ON_FILES:4], *FAULTS[ON_FILES:]]
 
 
 @pytest.mark.parametrize("fault", SOME, ids=lambda fault: fault.name)
@@ -127,7 +129,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(workdir, fault):
         assert checkpoints.latest_step() == good
 
 
-@pytest.mark.parametrize("fault", SOME[:: len(SOME) // 6], ids=lambda f: f.name)
+@pytest.mark.parametrize("fault", SOME[:: len(SOME) // 3], ids=lambda f: f.name)
 def test_what_it_goes_on_from_is_restored_and_saved_again(workdir, fault, state):
     fault.inflict(workdir / "checkpoints" / "300")
     with Checkpoints(workdir, say=lambda _: None) as checkpoints:
@@ -154,13 +156,14 @@ def test_every_file_of_a_checkpoint_is_watched(workdir):
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if "commit" not in k])
 def test_without_sums_what_cannot_be_read_is_damaged(workdir, kind, state):
-    shutil.rmtree(workdir / "sums")
+    delete(sums(workdir / "checkpoints" / "300"))
     empty(largest(workdir / "checkpoints" / "300", KINDS[kind]))
     with Checkpoints(workdir, say=lambda _: None) as checkpoints:
         good = checkpoints.latest_step()
-        # The arrays of a net as small as this are all in the index.
-        assert good == 200 or "process" in kind or kind.endswith("arrays")
-        _restored(checkpoints, good, state)
+        if good == 300:
+            # The arrays of a net as small as this are all in the index.
+            assert "process" in kind or kind.endswith("arrays")
+            _restored(checkpoints, good, state)
 
 
 def test_without_sums_a_folder_of_another_number_is_damaged(workdir):
@@ -240,27 +243,96 @@ def test_sums_are_there_when_a_save_is_and_go_with_it(workdir, state):
     assert checkpoint.good_steps(workdir) == {100, 400, 500}
 
 
-# Orbax leaves the other writes of a save that has failed to a loop that is closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_save_that_fails_halfway_leaves_the_others_whole(workdir, state):
+@contextmanager
+def _full_disk():
+    """A system that writes no more than the first bytes of a file."""
     resource = pytest.importorskip("resource")
-    before = {k: v for k, v in _files(workdir).items() if "/200/" not in k}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("way", ["check", "wait", "save", "close"])
+def test_a_save_that_fails_halfway_leaves_the_others_whole(workdir, state, way, capfd):
+    before = _files(workdir)
     with (
         pytest.raises(InputError, match=r"disk .*goes on from step 300"),
         Checkpoints(workdir) as checkpoints,
     ):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-        try:
+        checkpoints.check()
+        with _full_disk():
             checkpoints.save(_at(state, 400), META, score=0.3)
-            checkpoints.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            if way == "wait":
+                checkpoints.wait()
+            checkpoints._recorded()
+        if way == "check":
+            checkpoints.check()
+        elif way == "save":
+            checkpoints.save(_at(state, 500), META, score=0.3)
+        assert way == "close"
     assert before.items() <= _files(workdir).items()
+    assert "Traceback" not in capfd.readouterr().err
     with Checkpoints(workdir, say=pytest.fail) as checkpoints:
         assert checkpoints.latest_step() == 300
         checkpoints.save(_at(state, 400), META, score=0.3)
+        checkpoints.wait()
+        checkpoints.check()
     assert 400 in checkpoint.good_steps(workdir)
+
+
+def test_where_it_goes_on_from_is_what_is_whole_on_disk(workdir, state, monkeypatch):
+    usage = shutil.disk_usage(workdir)._replace(free=10)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    with Checkpoints(workdir) as checkpoints:
+        flip(largest(workdir / "checkpoints" / "300", KINDS["the arrays"]))
+        with pytest.raises(InputError, match="goes on from step 200"):
+            checkpoints.save(_at(state, 400), META, score=0.3)
+
+
+def test_what_was_read_and_found_whole_is_not_read_again(workdir, monkeypatch):
+    read = []
+    digest = integrity._digest
+    monkeypatch.setattr(integrity, "_digest", lambda p: read.append(p) or digest(p))
+    assert checkpoint.stored_meta(workdir) == META
+    newest = [path for path in read if "300" in path.parts]
+    known = integrity.sums_of(workdir, 300)
+    assert known is not None
+    assert len(newest) == len(known.files)
+    read.clear()
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest_step() == 300
+    assert checkpoint.good_steps(workdir) == set(SCORES)
+    assert not [path for path in read if "300" in path.parts]
+    monkeypatch.setattr(integrity, "REMEMBERED", 0.0)
+    assert integrity.damage(workdir, 300) is None
+    assert sorted(path for path in read if "300" in path.parts) == sorted(newest)
+    monkeypatch.setattr(integrity, "REMEMBERED", 600.0)
+    flip(newest[0])
+    assert "its content changed" in (integrity.damage(workdir, 300) or "")
+
+
+def test_an_old_one_that_is_half_deleted_costs_one_line(workdir, state):
+    # Killed while orbax deletes the oldest, before the sums of the newest are written.
+    delete(sums(workdir / "checkpoints" / "300"))
+    oldest = workdir / "checkpoints" / "200"
+    for path in [path for path in oldest.rglob("*") if path.is_file()][::2]:
+        path.unlink()
+    (oldest / "metrics" / "metrics").unlink(missing_ok=True)
+    for which, step in (("best", 100), ("latest", 300)):
+        assert checkpoint.load_for_inference(workdir, which=which)[3] == step
+    assert checkpoint.stored_meta(workdir) == META
+    assert checkpoint.good_steps(workdir) == {100, 300}
+    said = []
+    with Checkpoints(workdir, say=said.append) as checkpoints:
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (300, 100)
+        _restored(checkpoints, 300, state)
+        checkpoints.save(_at(state, 400), META, score=0.3)
+    assert len(said) == 1
+    assert "step 200 is damaged" in said[0]
+    assert integrity.steps_in(workdir) == [100, 300, 400]
 
 
 def test_sums_that_cannot_be_written_do_not_end_a_run(workdir, state):
@@ -281,7 +353,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, state, monkeypatch, jump):
     jumps = [0]
     monkeypatch.setattr(time, "time", lambda: real() + jump * jumps[0])
     monkeypatch.setattr(time, "time_ns", lambda: real_ns() + int(jump * 1e9) * jumps[0])
-    for steps in ((1, 2, 3), (4, 5)):
+    for steps in ((1, 2), (3, 4)):
         with Checkpoints(tmp_path, say=pytest.fail) as checkpoints:
             assert checkpoints.latest_step() == (steps[0] - 1 or None)
             for step in steps:
@@ -290,7 +362,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, state, monkeypatch, jump):
                 checkpoints.wait()
                 jumps[0] += 1
     assert time.monotonic() - start < 60
-    assert integrity.steps_in(tmp_path) == [2, 4, 5]
+    assert integrity.steps_in(tmp_path) == [2, 3, 4]
     assert checkpoint.load_for_inference(tmp_path)[3] == 2
 
 

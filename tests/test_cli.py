@@ -1,6 +1,7 @@
 """The console command: what it prints, writes and refuses."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -159,3 +160,21 @@ def test_the_module_runs():
         assert "usage: unet-jax" in done.stdout
         assert " jax\n" not in done.stderr  # so that help answers at once
     assert "0 and 255" in cli.predict._VALUES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [(["--help"], ""), (["shapes", "--size=16"], "1")]
+)
+def test_a_reader_that_leaves_is_no_error(arguments, unbuffered):
+    # Buffered, the first write that fails is the one at the end.
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "unet_jax", *arguments],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

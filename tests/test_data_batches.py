@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from unet_jax import data
+from unet_jax.data import batches
 from unet_jax.data.batches import eval_batches, train_batches
 from unet_jax.data.plan import plan
 from unet_jax.data.source import Cached, Checked, Labelled, Resized, Standardised
@@ -516,15 +517,21 @@ class Rare(Numbered):
         return {**example, "label": label, "weight": weight}
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("margin", [0, 2])
 @pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
-def test_the_asked_part_of_the_crops_holds_foreground(part, margin):
+def test_the_asked_part_of_the_crops_holds_foreground(
+    part, margin, large, monkeypatch
+):
+    if large:  # of which some places are remembered
+        monkeypatch.setattr(batches._Foreground, "LARGE", 1)
+        monkeypatch.setattr(batches._Foreground, "SOME", 2)
     source = Rare((40, 40), (30, 50), (9, 41))
     crop = (6, 6)
     options = {"seed": 1, "batch_size": 50, "crop": crop, "margin": margin}
-    batches = _take(train_batches(source, foreground=part, threads=0, **options), 20)
-    label = np.concatenate([b["label"] for b in batches])
-    weight = np.concatenate([b["weight"] for b in batches])
+    found = _take(train_batches(source, foreground=part, threads=0, **options), 20)
+    label = np.concatenate([b["label"] for b in found])
+    weight = np.concatenate([b["weight"] for b in found])
     # What a net with valid padding gives out is a margin smaller on each side.
     inner = (slice(None),) + (slice(margin, 6 - margin),) * 2
     shown = ((label[inner] > 0) & (weight[inner] > 0)).any((1, 2))

@@ -397,7 +397,8 @@ def test_broken_entries(tmp_path, caplog, key, i, field, value, match):
     unknown = field == "image_id"  # an annotation of no image, which harms none
     assert ("images/c.png" in names) == unknown
     count = 1 + (field == "id")  # the annotations of the id that is gone
-    assert len(caplog.messages) == 1 and f"{count} faulty images or" in caplog.text
+    kinds = "image or annotation of" if count == 1 else "images or annotations of"
+    assert len(caplog.messages) == 1 and f"{count} faulty {kinds}" in caplog.text
 
 
 @pytest.mark.parametrize(

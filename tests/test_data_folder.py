@@ -1,7 +1,9 @@
 """unet_jax.data.folder: layouts, pairing, and what is wrong said in one sentence."""
 
+import fnmatch
 import logging
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import tifffile
 from PIL import Image
 
 from unet_jax.data import folder
+from unet_jax.data.names import stands_for
 from unet_jax.data.source import NoInstances
 from unet_jax.types import InputError
 
@@ -69,6 +72,146 @@ def test_split_folders(tmp_path):
         folder.open(root=tmp_path, split="test")
     os.remove(tmp_path / "val" / "masks" / "d.png")
     assert len(folder.open(root=tmp_path, split="train")) == 3
+
+
+def halves(root: Path, images: str | Path, masks: str | Path) -> None:
+    """a, b, c of train and a of val, whose mask is empty, in folders {split}."""
+    images, masks = root / images, root / masks
+    for split, names in (("train", "abc"), ("val", "a")):
+        for k, name in enumerate(names):
+            mask = np.zeros((6, 8), np.uint8)
+            mask.flat[:k] = 255
+            grey = np.full((6, 8), k, np.uint8)
+            for place, array in ((images, grey), (masks, mask)):
+                file = str(place / f"{name}.png").replace("{split}", split)
+                save(Path(file), array)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        ("images/{split}", "masks/{split}"),
+        ("{split}_images", "{split}_masks"),
+        ("x{split}/*.png", "y{split}/?.png"),
+        ("{split}/{split}-x/[a-z].png", "{split}/y"),
+        ("**/x_{split}/*.png", "deep/er/y_{split}"),
+        ("x[1]/{split}", "y[1]/{split}"),
+    ],
+)
+def test_splits_below_or_in_the_names(tmp_path, images, masks):
+    places = [Path(pattern.replace("**", "deep")) for pattern in (images, masks)]
+    halves(tmp_path, *(p.parent if p.suffix else p for p in places))
+    (tmp_path / "images").mkdir(exist_ok=True)
+    (tmp_path / "images" / "README").touch()
+    options = {"root": tmp_path, "images": images, "masks": masks}
+    train = folder.open(**options, split="train")
+    val = folder.open(**options, split="val")
+    assert [int(train[i]["label"].sum()) for i in range(len(train))] == [0, 1, 2]
+    assert len(folder.open(**options, split="train[1:]")) == 2
+    assert len(val) == 1 and not {val.name(0)} & {train.name(i) for i in range(3)}
+    # The one mask of val is empty; its classes are those of all splits all the same.
+    assert val.truth.coding.foreground == 255
+    for split in ("test", "all", "..", ".", "t" * 300):
+        match = r"has no split '.*' where images='.*looks for it: name .*is, train, val"
+        with pytest.raises(InputError, match=match):
+            folder.open(**options, split=split)
+
+
+def test_splits_in_the_names_of_files(tmp_path):
+    for name in ("train_1", "train_2", "val_1", "val_old_1"):
+        save(tmp_path / "images" / f"{name}.png", np.zeros((4, 4), np.uint8))
+        save(tmp_path / "masks" / f"{name}_m.png", np.eye(4, dtype=np.uint8))
+    options = {"images": "images/{split}_*.png", "masks": "masks/{split}_*_m.png"}
+    sources = {
+        split: folder.open(root=tmp_path, split=split, **options)
+        for split in ("train", "val_old")
+    }
+    names = {k: [s.name(i) for i in range(len(s))] for k, s in sources.items()}
+    assert names["train"] == ["images/train_1.png", "images/train_2.png"]
+    assert names["val_old"] == ["images/val_old_1.png"]
+
+
+def test_masks_of_all_splits_in_one_place(tmp_path, caplog):
+    halves(tmp_path, "images/{split}", "masks")
+    for k, name in enumerate("de"):
+        save(tmp_path / "images" / "val" / f"{name}.png", np.zeros((6, 8), np.uint8))
+        save(tmp_path / "masks" / f"{name}.png", np.full((6, 8), 5 * k, np.uint8))
+    os.remove(tmp_path / "images" / "val" / "a.png")
+    for options in ({"masks": "masks"}, {"label_masks": (("cell", "masks"),)}):
+        options |= {"root": tmp_path, "images": "images/{split}", "mask": "binary"}
+        with caplog.at_level(logging.WARNING, "unet_jax"):
+            sources = [folder.open(split=s, **options) for s in ("train", "val")]
+        assert [len(source) for source in sources] == [3, 2]
+    assert not caplog.messages
+    options = {"root": tmp_path, "images": "images/{split}", "masks": "masks"}
+    pairs = [
+        folder.find_pairs(tmp_path, s, images="images/{split}", masks="masks",
+                          suffixes=(".png",)) for s in ("train", "val")
+    ]  # fmt: skip
+    assert [len(own) for own, _ in pairs] == [3, 2]
+    assert {*pairs[0][1]} == {*pairs[1][1]} and len(pairs[0][1]) == 5
+
+
+def test_objects_and_labels_of_splits_below(tmp_path):
+    halves(tmp_path, "images/{split}", "masks/{split}/vessel")
+    labelled = {"root": tmp_path, "images": "images/{split}"}
+    labelled["label_masks"] = (("vessel", "masks/{split}/vessel"),)
+    for split, count in (("train", 3), ("val", 1)):
+        source = folder.open(split=split, **labelled)
+        assert len(source) == count and source.label_names == ("vessel",)
+        for name in "abc"[:count]:
+            squares(tmp_path / "objects" / split, name, 2)
+        for masks in ("objects/{split}", "objects/{split}/*/*.png"):
+            source = folder.open(
+                root=tmp_path,
+                split=split,
+                images="images/{split}",
+                masks=masks,
+                mask="objects",
+            )
+            assert len(source) == count and source.instances(0).max() == 2
+
+
+def test_the_name_of_a_split_folder_in_its_masks(tmp_path):
+    halves(tmp_path, "{split}/images", "{split}/{split}_masks")
+    val = folder.open(root=tmp_path, split="val", masks="{split}_masks")
+    assert val.name(0) == "val/images/a.png" and val.truth.coding.foreground == 255
+
+
+def test_patterns_of_splits_that_contradict(tmp_path):
+    fill(tmp_path)
+    match = r"'masks/\{split\}' holds .*write it in both"
+    refused(match, tmp_path, masks="masks/{split}")
+    label_masks = (("a", "masks"), ("b", "{split}"))
+    refused("'{split}' holds", tmp_path, label_masks=label_masks)
+    match = "no split 'all' where .*: put the images there, or mend the option `images`"
+    refused(match, tmp_path, images="images/{split}/x", masks="masks/{split}/x")
+    match = "does not exist: put the masks there"
+    (tmp_path / "images_all").mkdir()
+    save(tmp_path / "images_all" / "a.png", np.zeros((4, 4), np.uint8))
+    refused(match, tmp_path, images="images_{split}", masks="masks_{split}")
+    for name in "abcd":
+        save(tmp_path / "m" / "all" / f"{name}-x.png", np.zeros((6, 8), np.uint8))
+    (tmp_path / "images").rename(tmp_path / "i_all")
+    match = r"glob such as 'm/\{split\}/\*-x\.png'"
+    refused(match, tmp_path, images="i_{split}", masks="m/{split}")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "texts"),
+    [
+        ("a_1.png", "*_?.png", ("a", "1")),
+        ("a[1].png", "*[[]?].png", ("a", "1")),
+        ("a]b&&c", "a[]x]b[[&]&?", ("]", "&", "c")),
+        ("a-b", "?[!x]?", ("a", "-", "b")),
+        ("a[]b", "?[]b", ("a", "[]")),
+        ("a^b", "a[&^~|]b", ("^",)),
+        ("ab", "a[z-a]*", ("ab",)),
+    ],
+)
+def test_what_wildcards_stand_for(name, pattern, texts):
+    assert stands_for(name, pattern) == texts
+    assert fnmatch.fnmatchcase(name, pattern) == (texts != (name,))
 
 
 def test_globs(tmp_path):
@@ -157,7 +300,7 @@ def test_mask_without_image_is_a_warning_line(tmp_path, caplog):
     os.remove(tmp_path / "images" / "a.png")
     with caplog.at_level(logging.WARNING, "unet_jax"):
         assert len(folder.open(root=tmp_path, split="all")) == 1
-    assert "1 masks have no image" in caplog.text and "a.png" in caplog.text
+    assert "1 mask has no image" in caplog.text and "a.png" in caplog.text
 
 
 # ---- one file for each object
@@ -363,7 +506,7 @@ def test_files_at_fault_are_left_out(tmp_path, caplog):
     (line,) = [
         r.message for r in caplog.records if "are left out. The first" in r.message
     ]
-    assert line.startswith(f"6 faulty images of {tmp_path}")
+    assert line.startswith(f"6 faulty images of {tmp_path} are left out. The first: ")
     assert "g.bmp and" in line
     halves = [
         folder.open(root=tmp_path, split=split, on_error="skip")
@@ -376,6 +519,19 @@ def test_files_at_fault_are_left_out(tmp_path, caplog):
     with pytest.raises(InputError, match=match):
         folder.open(root=tmp_path, split="all", on_error="skip")
     refused(r"data\.on_error = 'ask' is not known", tmp_path, on_error="ask")
+
+
+def test_one_file_at_fault_is_left_out(tmp_path, caplog):
+    fill(tmp_path, "ab")
+    (tmp_path / "images" / "b.png").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "unet_jax"):
+        folder.open(root=tmp_path, split="all", on_error="skip")
+    (line,) = caplog.messages
+    file = tmp_path / "images" / "b.png"
+    assert line.startswith(f"1 faulty image of {tmp_path} is left out: {file} cannot")
+    os.remove(tmp_path / "images" / "a.png")
+    with pytest.raises(InputError, match=r"All images of .* are faulty\. .*b\.png"):
+        folder.open(root=tmp_path, split="all", on_error="skip")
 
 
 def test_masks_at_fault_are_left_out(tmp_path, rng):
@@ -422,6 +578,45 @@ def test_masks_named_with_an_ending(tmp_path):
         mask.rename(mask.with_name(f"{name}_mask.png"))
     refused(r"a\.png has no mask \(4 of 4 .*glob such as 'masks/\*_mask.png'", tmp_path)
     assert len(folder.open(root=tmp_path, split="all", masks="masks/*_mask.png")) == 4
+
+
+@pytest.mark.parametrize(
+    ("place", "masks", "renamed"),
+    [
+        ("gt/train", "gt/train", "?_m.png"),
+        ("gt/[x]", "gt/[x]/", "?_[m].png"),
+        ("gt/x", "gt/*/*.png", "?_m.png"),
+        ("gt/x", "gt/x/mask_*.png", "mask_?_m.png"),
+        ("gt/all", "gt/{split}", "?_m.png"),
+    ],
+)
+def test_what_is_advised_for_images_without_masks_works(
+    place, masks, renamed, tmp_path
+):
+    images = "images/{split}" if "{split}" in masks else "images"
+    # Of 1_m and 10_m the second begins with the first image's name as well.
+    for name in ("1", "10", "11"):
+        at = images.replace("{split}", "all")
+        save(tmp_path / at / f"{name}.png", np.zeros((6, 8), np.uint8))
+        file = tmp_path / place / renamed.replace("?", name)
+        save(file, np.eye(6, 8, dtype=np.uint8))
+    with pytest.raises(InputError, match="has no mask") as caught:
+        folder.open(root=tmp_path, split="all", images=images, masks=masks)
+    (advised,) = re.findall("a glob such as '(.*)'", str(caught.value))
+    source = folder.open(root=tmp_path, split="all", images=images, masks=advised)
+    assert [Path(source.name(i)).stem for i in range(3)] == ["1", "10", "11"]
+
+
+def test_names_too_long_for_a_file(tmp_path):
+    fill(tmp_path)
+    long = "x" * 300
+    refused("has no folder|does not exist", tmp_path, images=long)
+    refused("does not exist: put the masks there", tmp_path, masks=long)
+    refused("does not exist", tmp_path, label_masks=(("a", long),))
+    refused("holds no masks", tmp_path, masks=f"{long}*")
+    refused("holds no masks", tmp_path, masks=f"{long}/*/*", mask="objects")
+    many = "masks/" + "*" * 300 + ".png"
+    assert len(folder.open(root=tmp_path, split="all", masks=many)) == 4
 
 
 def test_sizes_that_differ(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from unet_jax import data
 from unet_jax.data.keeping import Mapped, Skipping, skipped
-from unet_jax.data.source import Labelled
+from unet_jax.data.source import Labelled, NoInstances, instances
 from unet_jax.types import InputError
 
 
@@ -167,3 +167,38 @@ def test_auto_normalisation_is_by_the_type_of_the_pixels(tmp_path):
     )
     with pytest.raises(InputError, match="auto"):
         normalisation.stated("auto", 1)
+
+
+def test_sound_examples_keep_their_objects_and_borders(tmp_path):
+    root = _folder(tmp_path / "data")
+    border = {"w0": 10.0, "cache": "none"}
+    stop, skip = (
+        _build(root, on_error=way, border=dict(border)) for way in ("stop", "skip")
+    )
+    for i in range(4):
+        _assert_same(stop.train[i], skip.train[i])
+    # Masks of classes have no numbers of objects, which is no fault of theirs.
+    with pytest.raises(NoInstances):
+        instances(skip.train, 0)
+    assert data.skipped(skip.train) == []
+
+
+def test_a_file_that_can_be_read_again_counts_again(tmp_path):
+    root = _folder(tmp_path / "data")
+    found = _build(root, on_error="skip")
+    path = root / "images" / "1.png"
+    whole = found.train[1]
+    again = _build(root, on_error="skip", cache_mb=0)
+    stored = path.read_bytes()
+    path.write_bytes(b"")
+    assert not again.train[1]["weight"].any()
+    path.write_bytes(stored)
+    _assert_same(again.train[1], whole)
+
+
+def test_nothing_that_counts_is_one_sentence():
+    from unet_jax import normalisation
+
+    empty = [{"image": np.zeros((2, 2, 1), np.uint8), "weight": np.zeros((2, 2))}]
+    with pytest.raises(InputError, match="no image of the training data"):
+        normalisation.measure("auto", normalisation.spread(empty))

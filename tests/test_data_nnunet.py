@@ -351,7 +351,7 @@ def test_broken_cases(tmp_path, caplog, how, match):
     with caplog.at_level(logging.WARNING):
         found = open_(tmp_path, on_error="skip")
     assert [found.name(i)[9:11] for i in range(len(found))] == ["a0", "a2"]
-    assert len(caplog.messages) == 1 and "1 faulty cases" in caplog.text
+    assert len(caplog.messages) == 1 and "1 faulty case of" in caplog.text
     for i in (0, 2):
         (tmp_path / "labelsTr" / f"a{i}.nii.gz").write_bytes(b"")
     with pytest.raises(InputError, match=r"All cases of .* are faulty, 3 in number"):

@@ -205,6 +205,12 @@ def test_split_that_does_not_fit(split, message):
         parse(split)[1](10)
 
 
+@pytest.mark.parametrize("split", ["train[:2]", "train[:1%]"])
+def test_of_one_example_it_says_so(split):
+    with pytest.raises(InputError, match="the 1 example of 'train'"):
+        parse(split)[1](1)
+
+
 def test_percentage_over_100():
     with pytest.raises(InputError, match="120%"):
         parse("train[:120%]")

@@ -116,6 +116,32 @@ def test_nifti_pairs(tmp_path, rng):
     np.testing.assert_array_equal(slices[9 + 2]["label"], example["label"][2])
 
 
+@pytest.mark.parametrize("slices", [False, True])
+def test_splits_below_or_in_the_names(tmp_path, rng, slices):
+    cases(tmp_path, rng, 3)
+    for folder in ("images", "labels"):
+        (tmp_path / f"{folder}Ts").mkdir()
+        here, there = (tmp_path / f"{folder}{s}" / "v2.nii.gz" for s in ("Tr", "Ts"))
+        here.rename(there)
+    options = {"images": "images{split}", "masks": "labels{split}", "slices": slices}
+    train, val = (
+        volumes.open(root=tmp_path, split=split, **options) for split in ("Tr", "Ts")
+    )
+    assert (len(train), len(val)) == ((4 + 5, 6) if slices else (2, 1))
+    assert val.name(0).startswith("imagesTs/v2.nii.gz")
+    match = "no split 'train' where .*: name one that there is, Tr, Ts"
+    with pytest.raises(InputError, match=match):
+        volumes.open(root=tmp_path, split="train", **options)
+    for name in ("train", "val"):
+        stack(tmp_path, rng)
+        for what in ("volume", "labels"):
+            path = tmp_path / f"train-{what}.tif"
+            path.rename(tmp_path / f"of-{name}-{what}.tif")
+    options |= {"images": "of-{split}-volume.tif", "masks": "of-{split}-labels.tif"}
+    source = volumes.open(root=tmp_path, split="val", **options)
+    assert source.name(0).startswith("of-val-volume.tif")
+
+
 def test_nifti_whole_numbers_become_f32(tmp_path, rng):
     array = rng.integers(0, 99, (4, 5, 6), np.uint8)
     nifti(tmp_path / "a.nii", array)

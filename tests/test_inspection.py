@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +246,11 @@ def test_of_many_an_even_spread_is_looked_at(tmp_path):
     assert len(found.examples) == len(found.masks) == 4
     assert [look.name for look in found.masks] == [f"images/{n}.png" for n in "adgj"]
     assert "looked at 4 of 10" in report.text_of(found)
+    (note,) = (f for f in found.findings if "not looked at" in f.text)
+    assert note.level == "note" and note.text.startswith("6 examples were not")
+    assert "data.on_error=skip" in note.text and "data.on_error" not in found.lines
+    assert "1 example was not" in texts(of(tmp_path, limit=9))
+    assert "not looked at" not in texts(of(tmp_path, limit=10))
 
 
 def test_built_in_cells_and_a_config():
@@ -344,6 +352,28 @@ def test_the_command_writes_a_config_that_gives_the_same_data(
     assert Path("deep/my.py").read_text() == "mine = 1\n"
 
 
+def test_splits_below_are_written_as_one_pattern(tmp_path, monkeypatch, capsys):
+    from unet_jax import data
+    from unet_jax.cli import arguments as flags
+
+    fill(tmp_path / "all", n=5)
+    for side in ("images", "masks"):
+        for k, name in enumerate("abcde"):
+            split = "train" if k < 3 else "val"
+            place = tmp_path / "set" / side / split / f"{name}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "all" / side / f"{name}.png").rename(place)
+    monkeypatch.chdir(tmp_path)
+    assert run("set", "--write-config=my.py") == 0
+    assert "3 for training (train), 2 for evaluation (val)" in capsys.readouterr().out
+    wanted = flags.read_config("my.py")["data"]
+    assert wanted["folder"]["images"] == "images/{split}"
+    wanted = {k: v for k, v in wanted.items() if k != "border"}
+    dataset = data.build(task="classes", **wanted)
+    assert [len(dataset.train), len(dataset.evaluation)] == [3, 2]
+    assert dataset.evaluation.name(0) == "images/val/d.png"
+
+
 def test_the_command_on_a_config_and_without_a_file(tmp_path, monkeypatch, capsys):
     fill(tmp_path / "set")
     monkeypatch.chdir(tmp_path)
@@ -357,6 +387,38 @@ def test_the_command_on_a_config_and_without_a_file(tmp_path, monkeypatch, capsy
     text = capsys.readouterr().out
     assert "5 for training" in text and "as my.py says" in text
     assert "--config=my.py --workdir=runs/mine '--config.data.train" in text
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b" c', 'it\'s "so" $HOME `x` \\!', "é"])
+def test_what_is_printed_is_read_as_it_is_meant(name, tmp_path, monkeypatch, capsys):
+    import train
+
+    root = tmp_path / f"set of {name}"
+    for i, image in enumerate("abcde"):
+        save(root / "images" / f"{image}.png", photo(discs(i), i))
+        for k, label in enumerate((name, "other")):
+            mask = discs(i + 10 * k) * np.uint8(255)
+            save(root / "masks" / label / f"{image}.png", mask)
+    monkeypatch.chdir(tmp_path)
+    assert run(str(root)) == 0
+    text = capsys.readouterr().out
+    found = of(root)
+    (command,) = text.split("To train:\n\n")[1:]
+    command = command.split("\n\n")[0]
+    assert command == settings.flags_of(found.lines)
+    shell = ["sh", "-c", command.replace("python", r"printf '%s\0'", 1)]
+    said = subprocess.run(shell, capture_output=True, check=True).stdout.decode()
+    argv = said.split("\0")[:-1]
+    monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks there for overrides
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # how ml_collections loads a file
+        config = train.parse(argv).config
+    assert dict(config["data"]["folder"]["label_masks"])[name] == f"masks/{name}"
+    for key, value in found.lines.items():
+        part = config
+        for step in key.split("."):
+            part = part[step]
+        assert part == value, key
 
 
 def test_names_that_are_no_text(tmp_path, monkeypatch, capsys):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 import scipy.ndimage
+from PIL import Image
 from test_predict import make, save
 
 from unet_jax import boundary, cli, measures, metrics, objects, partition
@@ -53,7 +55,7 @@ def setting(task="classes", names=("membrane", "cell"), **options):
 
 def found(name, chosen, source):
     """The rows of one measure and its figures."""
-    rows, measure = measures.rows([name], chosen, source)[name]
+    rows, measure = measures.rows([name], chosen, source).of[name]
     return rows, measure.summarise(rows)
 
 
@@ -135,7 +137,7 @@ def perfect(chosen, source):
 def test_the_right_answer_has_full_marks(source):
     knowing = perfect(setting(), source)
     names = ["pixels", "isbi2012", "objects", "boundary", "roads"]
-    rows = measures.rows(names, knowing, source)
+    rows = measures.rows(names, knowing, source).of
     figures = {}
     for counted, measure in rows.values():
         assert len(counted) == 3
@@ -221,6 +223,46 @@ def test_what_does_not_fit_the_measure_is_refused(source):
         measures.rows(["dice"], setting(), source)
 
 
+@pytest.mark.parametrize("task", ["classes", "labels"])
+def test_what_nothing_counts_of_is_left_out(source, task):
+    """As if it were not there, by measures that ask for the weight and that do not."""
+    names = ("membrane", "cell") if task == "classes" else ("cell",)
+    chosen = setting(task, names)
+    weight = np.ones((3, 20, 24))
+    weight[1] = 0
+
+    class Holed(Plain):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"weight": weight[i].astype(np.float32)}
+
+    class Sound(Plain):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return super().__getitem__(2 * i)
+
+        def name(self, i):
+            return super().name(2 * i)
+
+    which, seen = list(measures.MEASURES), []
+    which.remove("nvidia")  # of other sizes
+    holed = Labelled(Holed(source.labels), task=task)
+    found = measures.rows(which, chosen, holed, done=seen.append)
+    sound = measures.rows(which, chosen, Labelled(Sound(source.labels), task=task))
+    assert seen == [0, 1, 2]
+    assert (found.index.tolist(), sound.index.tolist()) == ([0, 2], [0, 1])
+    for name in which:
+        np.testing.assert_array_equal(found.of[name][0], sound.of[name][0])
+    last = found.only(np.asarray([1, 2]))
+    assert last.index.tolist() == [2]
+    for rows, (whole, _) in zip(last.of.values(), found.of.values(), strict=True):
+        np.testing.assert_array_equal(rows[0], whole[1:])
+    weight[:] = 0
+    with pytest.raises(InputError, match="nothing counts in any of the 3 examples"):
+        measures.rows(["pixels"], chosen, holed)
+
+
 CONFIG = {
     "data": {
         "source": "cells",
@@ -278,6 +320,56 @@ def test_evaluate_with_intervals_and_a_comparison(workdirs, capsys):
     assert "against:" in text
     assert "95 % of 50 samples" in text
     assert text.index("image_dice") < text.index("pq ")
+
+
+def test_evaluate_leaves_out_what_cannot_be_read(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for i in range(4):
+        image = rng.integers(0, 256, (24, 20), np.uint8)
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+        mask = (scipy.ndimage.gaussian_filter(image * 1.0, 2) > 127) * np.uint8(255)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
+    data = {
+        "source": "folder",
+        "root": str(tmp_path),
+        "train": "train[:1]",
+        "evaluation": "train[1:]",
+        "on_error": "skip",
+    }
+    _, variables, meta = make(names=("background", "foreground"))
+    run = f"--workdir={tmp_path / 'run'}"
+    meta = dataclasses.replace(meta, config=CONFIG | {"data": data})
+    save(tmp_path / "run", variables, meta, step=7)
+    image = tmp_path / "images" / "2.png"
+    image.write_bytes(image.read_bytes()[:200])
+    ways = ["--batch_size=2"], ["--metrics=isbi2012,boundary", "--bootstrap=20"]
+    found = [evaluated(capsys, run, *way) for way in ways]
+    assert cli.main(["evaluate", run]) == 0
+    said = "step 7, 2 examples of train[1:]; 1 left out, of which nothing counts"
+    assert said in capsys.readouterr().out
+    for path in (image, tmp_path / "masks" / "2.png"):
+        path.unlink()
+    for way, one in zip(ways, found, strict=True):
+        sound = evaluated(capsys, run, *way)
+        assert (one.pop("examples"), one.pop("left_out")) == (2, 1)
+        assert (sound.pop("examples"), sound.pop("left_out")) == (2, 0)
+        assert one == sound
+
+
+def test_evaluate_compares_the_same_images_only(workdirs, tmp_path, capsys):
+    here = workdirs[0]
+    _, variables, meta = make()
+    data = CONFIG["data"] | {"evaluation": "val[1:3]"}
+    meta = dataclasses.replace(meta, config=CONFIG | {"data": data})
+    save(tmp_path / "run", variables, meta, step=7)
+    other = f"--against={tmp_path / 'run'}"
+    assert cli.main(["evaluate", f"--workdir={here}", other]) == 2
+    words = r"2 examples and the workdir 3, .* 1 is cells-val-0001 .* cells-val-0000"
+    assert re.search(words, capsys.readouterr().err)
+    found = evaluated(capsys, f"--workdir={here}", other, "--split=val[:2]")
+    assert found["against"]["workdir"] == str(tmp_path / "run")
 
 
 def test_evaluate_an_ensemble(workdirs, capsys):

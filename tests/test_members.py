@@ -1,5 +1,6 @@
 """Members side by side: what each would be alone, whichever way they are trained."""
 
+import contextlib
 import csv
 import json
 import os
@@ -16,12 +17,14 @@ import pytest
 
 import train
 from configs import default
-from unet_jax import compiled, members, metrics, sharding
+from unet_jax import compiled, lock, members, metrics, sharding
 from unet_jax.books import Books
 from unet_jax.checkpoint import Checkpoints, load_for_inference
+from unet_jax.data import batches
 from unet_jax.data.batches import side_by_side, train_reader
+from unet_jax.evaluation import Evaluation
 from unet_jax.log import read_table
-from unet_jax.members import roster, team, ways
+from unet_jax.members import conclusion, roster, team, ways
 from unet_jax.run import Run
 from unet_jax.training import TrainState
 from unet_jax.types import InputError
@@ -358,6 +361,48 @@ def test_out_of_fold_every_example_counts_once(folds, alone):
     }
 
 
+def test_out_of_fold_leaves_out_what_nothing_counts_of(tmp_path, monkeypatch):
+    """Figures and intervals are those of the other examples alone."""
+    monkeypatch.setattr(conclusion, "best_of", lambda workdir: (3, None))
+    restored = SimpleNamespace(restore=lambda step, shapes: None)
+    monkeypatch.setattr(
+        conclusion, "Checkpoints", lambda *_, **__: contextlib.nullcontext(restored)
+    )
+    tables, losses = np.arange(12).reshape(3, 2, 2), np.arange(3.0)
+    tables[1], losses[1] = 0, np.nan  # of this one nothing counts
+
+    def concluded(*folds):
+        runs = [
+            SimpleNamespace(
+                evaluate=lambda state, rows=rows: Evaluation(
+                    {"dice": 0.5, "image_dice": 0.5},
+                    np.arange(len(rows)),
+                    tables[rows],
+                    losses[rows],
+                    [],
+                ),
+                meta=SimpleNamespace(task="classes", label_names=Numbered.label_names),
+                dataset=SimpleNamespace(evaluation=Numbered(0)),
+                shapes=None,
+            )
+            for rows in folds
+        ]
+        group = SimpleNamespace(kind="folds", names=("fold_1", "fold_2"), runs=runs)
+        lines = []
+        results = members.out_of_fold(group, tmp_path, say=lines.append)
+        stored = json.loads((tmp_path / "out_of_fold.json").read_text())
+        assert stored["results"] == results
+        return stored, stored.pop("left_out"), "\n".join(lines)
+
+    found, left_out, said = concluded([0, 1, 2], [1, 2])
+    assert (found["examples"], left_out) == (3, 2)
+    assert "nothing of them counts: 2 examples" in said
+    assert concluded([0, 2], [2])[:2] == (found, 0)
+    found, left_out, _ = concluded([0, 1], [1])
+    assert (found["examples"], left_out) == (1, 2)
+    assert found["intervals"]["dice"] == [None, None]
+
+
 def test_what_is_finished_is_only_counted_again(folds, capsys):
     again = train.train_and_evaluate(folds.config, folds.workdir)
     assert again == pytest.approx(folds.results, abs=1e-6)
@@ -394,10 +439,10 @@ def test_stopped_and_killed_it_ends_with_the_same_bits(in_turn, tmp_path, capsys
 
     taken, saved = Books.add, Books.save
 
-    def add(self, step, stats):
+    def add(self, step, stats, **more):
         if step == 1 and self.workdir.name == "fold_1":
             os.kill(os.getpid(), signal.SIGTERM)
-        return taken(self, step, stats)
+        return taken(self, step, stats, **more)
 
     def save(self, step, state):
         if step == 4 and self.workdir.name == "fold_2":
@@ -424,16 +469,104 @@ def test_stopped_and_killed_it_ends_with_the_same_bits(in_turn, tmp_path, capsys
         results = train.train_and_evaluate(config, parts)
     text = capsys.readouterr().out
     assert "fold_1: step 4 is made again" in text and "going on from step 2" in text
-    assert results == in_turn.results
     for name in names:
+        assert f"{name}: bottleneck: " in text and f"{name}: finished at step 4" in text
+    assert results == in_turn.results
+    _assert_same(parts, in_turn.workdir)
+
+
+def _assert_same(workdir, other):
+    """Two workdirs of folds hold the same bits, and the same has been decided."""
+    for name in ("fold_1", "fold_2"):
         (step, leaves), (last, expected) = (
-            _saved(path / name) for path in (parts, in_turn.workdir)
+            _saved(path / name) for path in (workdir, other)
         )
         assert step == last == 4 and leaves.keys() == expected.keys()
         for path, x in leaves.items():
             assert np.array_equal(x, expected[path]), path
-        rows = read_table(parts / name / "evaluation.csv")["step"]
-        assert rows.tolist() == [2, 4]
+        found, wanted = (
+            load_for_inference(path / name, which="latest")[2]
+            for path in (workdir, other)
+        )
+        assert (found.progress, found.results) == (wanted.progress, wanted.results)
+        tables = [
+            read_table(path / name / "evaluation.csv") for path in (workdir, other)
+        ]
+        assert tables[0]["step"].tolist() == [2, 4]
+        np.testing.assert_equal(*tables)
+
+
+def test_a_file_that_is_gone_costs_no_step_of_any_member(in_turn, tmp_path, capsys):
+    config, workdir, names = in_turn.config, tmp_path / "run", ("fold_1", "fold_2")
+    plan, evaluate = batches.plan, Run.evaluate
+    gone = {"training": 3}  # of which batch, or which evaluation, a file is gone
+
+    def planned(seed, number, **options):
+        if number == gone.get("training"):
+            raise InputError("a.png does not exist: put it back.")
+        return plan(seed, number, **options)
+
+    def evaluated(self, state, **options):
+        second = self.config["data"]["evaluation"] == "train[fold 2/2]"
+        if second and int(state.step) == gone.get("evaluation"):
+            raise InputError("b.png does not exist: put it back.")
+        return evaluate(self, state, **options)
+
+    def compile(self, states, batches):  # it is the same program each time
+        self._step = in_turn.program
+        return in_turn.program
+
+    def stopped(which, at, says):
+        with pytest.raises(InputError, match=rf"^{which}\.png does not exist"):
+            train.train_and_evaluate(config, workdir)
+        assert says in capsys.readouterr().out
+        assert {max(roster.steps_of(workdir / name)) for name in names} == {at}
+        stored = [load_for_inference(workdir / n, which="latest")[2] for n in names]
+        assert [m.progress["owed"] for m in stored] == [False, which == "b"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ways.InTurn, "compile", compile)
+        patch.setattr(batches, "plan", planned)
+        patch.setattr(Run, "evaluate", evaluated)
+        # Batches are placed two ahead of the steps.
+        stopped("a", 1, "saved step 1 of all members; the same command goes on")
+        for step in (2, 4):
+            gone = {"evaluation": step}
+            stopped("b", step, f"saved step {step} of all members, of which the eval")
+        stopped("b", 4, "going on from step 4")
+        gone = {}
+        assert train.train_and_evaluate(config, workdir) == in_turn.results
+        assert "the members are finished at step 4" in capsys.readouterr().out
+    _assert_same(workdir, in_turn.workdir)
+
+
+def test_what_went_on_meanwhile_is_not_made_again(in_turn):
+    early = SimpleNamespace(names=("fold_1", "fold_2"), start=2)
+    with pytest.raises(InputError, match="has been trained on meanwhile"):
+        members.train(early, in_turn.workdir, say=print, interrupted=[])
+
+
+def test_one_run_at_a_time_in_a_member(tmp_path, monkeypatch):
+    config = _config(**{"members.folds": 2})
+    first = members.configs(config)[0].config
+    tried = []
+
+    def training(team, workdir, **_):
+        for folder, own in ((workdir, config), (workdir / "fold_1", first)):
+            with pytest.raises(InputError, match=f"{folder} is in use by process"):
+                train.train_and_evaluate(own, folder)
+            tried.append(folder.name)
+        raise InputError("that was it")
+
+    monkeypatch.setattr(members, "train", training)
+    with pytest.raises(InputError, match="that was it"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert tried == ["run", "fold_1"]
+    with (
+        lock.hold(tmp_path / "run" / "fold_2"),
+        pytest.raises(InputError, match=r"fold_2 is in use by process"),
+    ):
+        train.train_and_evaluate(config, tmp_path / "run")
 
 
 def test_seeds_are_an_ensemble(tmp_path, capsys):
@@ -444,14 +577,77 @@ def test_seeds_are_an_ensemble(tmp_path, capsys):
     own = [load_for_inference(tmp_path / name)[2] for name in ("seed_0", "seed_1")]
     assert [meta.config["seed"] for meta in own] == [0, 1]
     assert results["dice"] == pytest.approx(np.mean([m.results["dice"] for m in own]))
-    assert json.loads((tmp_path / "members.json").read_text()) == {
-        "kind": "seeds",
-        "members": ["seed_0", "seed_1"],
-        "out_of_fold": {},
-    }
+    written = {"kind": "seeds", "members": ["seed_0", "seed_1"], "out_of_fold": {}}
+    file = tmp_path / "members.json"
+    assert json.loads(file.read_text()) == written
+    # What is damaged is written again, by the same command.
+    file.write_text('{"kind": "see')
+    assert train.train_and_evaluate(config, tmp_path) == results
+    assert json.loads(file.read_text()) == written
 
 
-def test_members_that_went_apart_are_not_mixed(tmp_path):
+DAMAGED = {
+    "empty": "",
+    "list": "[]",
+    "nothing": "{}",
+    "deep": "[" * 9999,
+    "bytes": "\xff",
+    "nobody": '{"kind": "folds", "members": []}',
+    "number": '{"kind": "folds", "members": [1]}',
+    "kind": '{"kind": "f", "members": ["fold_1"]}',
+    "elsewhere": '{"kind": "folds", "members": ["../elsewhere"]}',
+    "deleted": None,
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_members_are_those_of_the_folders(tmp_path, text):
+    for name in ("fold_1", "fold_2"):
+        folder = tmp_path / name / "checkpoints" / "3"
+        folder.mkdir(parents=True)
+        (folder / "_CHECKPOINT_METADATA").write_text("")
+    if text is not None:  # else it has been deleted
+        (tmp_path / "members.json").write_text(text, encoding="latin-1")
+    assert roster.stored_members(tmp_path) is None
+    members.check_workdir(tmp_path, ("folds", ("fold_1", "fold_2")))
+    three = ("folds", ("fold_1", "fold_2", "fold_3"))
+    with pytest.raises(InputError) as refused:
+        members.check_workdir(tmp_path, three)
+    if text is None:
+        assert "fold_1 holds a run of its own" in str(refused.value)
+        members.check_workdir(tmp_path, None)
+        return
+    assert "damaged, and the folders beside it are fold_1, fold_2," in str(
+        refused.value
+    )
+    with pytest.raises(InputError, match=r"members\.json is damaged"):
+        members.check_workdir(tmp_path, None)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "fold_1" / "checkpoints")
+    with pytest.raises(InputError, match="holds a run of its own"):
+        members.check_workdir(tmp_path, ("folds", ("fold_1", "fold_2")))
+
+
+def test_members_read_with_as_many_threads_as_asked(monkeypatch):
+    def reader(one):
+        return lambda step: {"image": np.zeros(2**28, np.uint8)}  # 2 x 256 MB
+
+    def side_by_side(readers, *, start, threads):
+        assert (len(readers), start) == (2, 7)
+        asked.append(threads)
+        return iter(())
+
+    asked = []
+    monkeypatch.setattr(team, "_reader", reader)
+    monkeypatch.setattr(team, "side_by_side", side_by_side)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for threads in (5, 0):
+        runs = [SimpleNamespace(config={"train": {"threads": threads}})] * 2
+        assert list(team.Team.batches(SimpleNamespace(runs=runs), 7)) == []
+    assert asked == [5, 2]  # unasked as many as hold a GB
+
+
+def test_members_that_went_apart_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(roster, "good_steps", roster.steps_of)
     for name, steps in (("fold_1", (1, 2, 3)), ("fold_2", (1,)), ("fold_3", (4,))):
         for step in steps:
             folder = tmp_path / name / "checkpoints" / str(step)

@@ -426,6 +426,11 @@ def _check_axes(elastic: float | Sequence[float], rank: int) -> None:
 
 def _draw_flips(key: Array, example: Example, axes: Sequence[int] = ()) -> Array:
     rank = _rank(example)
+    if any(axis >= rank for axis in axes):
+        raise InputError(
+            f"augment.flip_axes={tuple(axes)} has an axis that the images, which have"
+            f" {rank}, do not have: count them from 0"
+        )
     allowed = np.array([axis in axes or not axes for axis in range(rank)])
     return jax.random.bernoulli(key, shape=(rank,)) & allowed
 

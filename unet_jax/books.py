@@ -55,6 +55,36 @@ def announced(eval_step: Callable[[Any, Any], Any], say: Say) -> Any:
     return step
 
 
+class Batches:
+    """Batches of a run that say how long they were waited for, and why they end.
+
+    Args:
+        batches: Endless, but for what cannot be read.
+
+    Attributes:
+        waited: Seconds that the last one took.
+        failed: What is wrong with the data of the next one, of which the steps before
+            should not suffer: they are saved first.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self.waited = 0.0
+        self.failed: InputError | None = None
+
+    def __next__(self) -> Any:
+        begin = time.perf_counter()
+        try:
+            return next(self._batches)
+        except InputError as error:
+            # Of several processes the others cannot know: all end without saving.
+            if not self.waited or jax.process_count() > 1:
+                raise
+            self.failed = error
+        finally:
+            self.waited = time.perf_counter() - begin
+
+
 class Books:
     """What a run writes down and decides; `opened` makes one.
 
@@ -141,9 +171,11 @@ class Books:
         self._log.scalars("train", step, {**means, "learning_rate": rate})
         return means
 
-    def bottleneck(self) -> str:
-        """A sentence on what the run waited for: images, or the steps themselves."""
-        wait = self._waited / self._rows if self._rows else 0.0
+    def _bottleneck(self) -> str:
+        """A sentence on what the run waited for, if it did anything."""
+        if not self._rows:
+            return ""
+        wait = self._waited / self._rows
         if wait < HELD_UP:
             return f"bottleneck: compute; {wait:.0%} of the time was waiting for images"
         return (
@@ -152,15 +184,22 @@ class Books:
             " decodes each image once, may help"
         )
 
-    def evaluated(self, step: int, state: TrainState) -> TrainState:
+    def evaluated(
+        self, step: int, state: TrainState, *, save: bool = True
+    ) -> TrainState:
         """The state after a step, with what follows from an evaluation if one is due.
 
         Args:
             step: Updates done.
             state: After them.
+            save: Whether to save the state where the evaluation fails. Of several side
+                by side all have to be saved then, by whoever has the loop.
 
         Returns:
             The state, with the learning rate's scale as it is now decided.
+
+        Raises:
+            InputError: An example cannot be read; the evaluation is owed.
         """
         if not (self.evaluates(step) or self.progress.owed):
             return state
@@ -171,8 +210,9 @@ class Books:
             # A damaged image of the evaluation must not cost the steps before it.
             if jax.process_count() == 1 and not self.progress.owed:
                 self.progress = dataclasses.replace(self.progress, owed=True)
-                self.save(step, state)
-                self._say(f"saved step {step}, of which the evaluation failed")
+                if save:
+                    self.save(step, state)
+                    self._say(f"saved step {step}, of which the evaluation failed")
             raise
         scale = jax.device_put(
             np.float32(self.progress.lr_scale), state.lr_scale.sharding
@@ -194,15 +234,21 @@ class Books:
             best if self.progress.best_step == step and best is not None else NOT_SCORED
         )
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Saves the state with all that has been decided; the step's last entry."""
+    def save(self, step: int, state: TrainState, *, again: bool = False) -> None:
+        """Saves the state with all that has been decided; the step's last entry.
+
+        Args:
+            step: Updates done.
+            state: After them.
+            again: Replace what has been saved of this step.
+        """
         self.meter.drain()
         meta = dataclasses.replace(
             self.run.meta,
             progress=dataclasses.asdict(self.progress),
             results=self.results,
         )
-        self.checkpoints.save(state, meta, score=self._score(step))
+        self.checkpoints.save(state, meta, score=self._score(step), again=again)
 
     def assess(self, state: TrainState, step: int) -> None:
         """Evaluates, logs it, draws a picture, and decides what follows from it."""
@@ -235,23 +281,27 @@ class Books:
         if one is not None and alarm and new.collapsed % alarm == 0:
             self._say(_alarm(new.collapsed, *one))
 
-    def left_out(self) -> str:
+    def _left_out(self) -> str:
         """A sentence on the examples that could not be read; empty if all could."""
         dataset = self.run.dataset
         some = [*skipped(dataset.train), *skipped(dataset.evaluation)]
         if not some:
             return ""
-        return f"{len(some)} examples could not be read and counted nowhere: {some[0]}"
+        count = f"{len(some)} example{'s' * (len(some) > 1)}"
+        return f"{count} could not be read and counted nowhere: {some[0]}"
 
     def closing(self, step: int) -> str:
-        """The last line about a run that is done."""
+        """The last lines about a run that is done."""
         monitor, best = self._train["monitor"], self.progress.best or 0.0
-        return (
+        lines = [
+            self._left_out(),
+            self._bottleneck(),
             f"finished at step {step}; best {monitor}"
             f" {-best if monitor == 'loss' else best:.4f} at step"
             f" {self.progress.best_step}; checkpoints, logs and pictures are in"
-            f" {self.workdir}"
-        )
+            f" {self.workdir}",
+        ]
+        return "\n".join(line for line in lines if line)
 
 
 def _alarm(evaluations: int, name: str, others: float) -> str:
@@ -304,7 +354,12 @@ def opened(
         text = json.dumps(run.meta.to_json()["config"], indent=2) + "\n"
         if distributed.is_main():
             replace_file(workdir / "config.json", text.encode())
-        log = RunLog(workdir, resume_step=start, silent=not distributed.is_main())
+        log = RunLog(
+            workdir,
+            resume_step=start,
+            owed=progress.owed,
+            silent=not distributed.is_main(),
+        )
         books = Books(
             run,
             workdir,

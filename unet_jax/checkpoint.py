@@ -15,6 +15,8 @@ A run that goes on moves those that are damaged to ``workdir/damaged``; a reader
 them, and is refused the best, or a step that it names, where that is one of them.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import errno
 import json
@@ -24,7 +26,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,7 +60,32 @@ def _orbax() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import orbax.checkpoint as ocp
+    with contextlib.suppress(ImportError):
+        from orbax.checkpoint._src import asyncio_utils
+
+        if hasattr(asyncio_utils, "_run_sync_via_new_loop"):
+            asyncio_utils._run_sync_via_new_loop = _run_to_the_end
     return ocp
+
+
+def _run_to_the_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Runs a coroutine; where it fails, what it has begun comes to its end as well.
+
+    Orbax's own closes the loop when the first of many writes fails, and each of the
+    others then prints the traceback of an error of its own.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        try:
+            return loop.run_until_complete(coroutine)
+        except Exception:
+            rest = asyncio.gather(*asyncio.all_tasks(loop), return_exceptions=True)
+            loop.run_until_complete(rest)
+            raise
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 def _score(metrics: dict[str, float]) -> float:
@@ -174,6 +201,7 @@ class Checkpoints:
         self._damage: dict[int, str | None] = {}
         self._newest: int | None = None
         self._recording: threading.Thread | None = None
+        self._failure: Exception | None = None
         _orbax()  # quiet from the first import on
         if not read_only:
             if distributed.is_main():
@@ -196,7 +224,8 @@ class Checkpoints:
     ) -> None:
         try:
             self._recorded()
-            self._manager.close()
+            with contextlib.closing(self._manager):
+                self._manager.wait_until_finished()
         except Exception as failure:
             if error is None:
                 raise self._explained(failure) from failure
@@ -209,6 +238,7 @@ class Checkpoints:
 
     def _mend(self) -> None:
         """Finds the newest checkpoint that is whole, and moves damaged ones away."""
+        integrity.settle(self.workdir)
         newest, found = None, dict[int, str]()
         for step in reversed(integrity.steps_in(self.workdir)):
             if newest is None:
@@ -309,25 +339,50 @@ class Checkpoints:
         full = getattr(error, "errno", None) in _FULL
         if not full and not any(text in str(error) for text in _FULL_TEXTS):
             return error
-        good = self._manager.latest_step()
         return InputError(
             f"the disk of {self.workdir} is full and the last checkpoint could not be"
             f" written: free some space and run the same command again, it goes on"
-            f" from step {good or 0}."
+            f" from step {self._on_disk()}."
         )
 
-    def save(self, state: TrainState, meta: Meta, *, score: float) -> None:
+    def _on_disk(self) -> int:
+        """The step that the next start goes on from, 0 to begin anew."""
+        steps = reversed(integrity.steps_in(self.workdir))
+        whole = (s for s in steps if integrity.damage(self.workdir, s) is None)
+        return next(whole, 0)
+
+    def check(self) -> None:
+        """Raises what a save in the background has failed with, so far.
+
+        Waits for nothing and reads nothing: for every step, so that a run does not go
+        on for hours that it cannot save. Of several processes, orbax first has the
+        one that failed wait for the others, some minutes.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        if self._failure is not None:
+            raise self._explained(self._failure) from self._failure
+
+    def save(
+        self, state: TrainState, meta: Meta, *, score: float, again: bool = False
+    ) -> None:
         """Saves in the background; returns once the state has been copied.
+
+        A step that has a checkpoint is left as it is, or replaced. The old one stays
+        until the new one is complete, which is waited for.
 
         Args:
             state: What to save; its step names the checkpoint.
             meta: What the run is and has decided.
             score: Higher is better; decides which checkpoint is the best.
+            again: Replace the checkpoint of the step, if there is one.
 
         Raises:
-            InputError: The disk has no room for it; what is there stays.
+            InputError: The disk has no room for it, or had none for the one before;
+                what is there stays.
         """
-        self._save(int(state.step), _items(state), meta, score=score)
+        self._save(int(state.step), _items(state), meta, score=score, again=again)
 
     def save_variables(self, step: int, variables: PyTree, meta: Meta) -> None:
         """Saves a net to predict with, without what training would need to go on.
@@ -344,33 +399,63 @@ class Checkpoints:
         self._save(step, items, meta, score=0.0)
 
     def _save(
-        self, step: int, trees: dict[str, PyTree], meta: Meta, *, score: float
+        self,
+        step: int,
+        trees: dict[str, PyTree],
+        meta: Meta,
+        *,
+        score: float,
+        again: bool = False,
     ) -> None:
         ocp = _orbax()
-        if step in self._manager.all_steps():
+        there = step in self._manager.all_steps()
+        if there and not again:
             return
+        self._recorded()
+        self.check()
         self.workdir.mkdir(parents=True, exist_ok=True)
         need, free = _bytes(trees), shutil.disk_usage(self.workdir).free
         if free < need:
             raise InputError(
                 f"the disk of {self.workdir} has {free >> 20} MB left and a checkpoint"
                 f" needs up to {(need >> 20) + 1} MB: free some space and run the same"
-                f" command again, it goes on from step {self.latest_step() or 0}."
+                f" command again, it goes on from step {self._on_disk()}."
             )
         items = {k: ocp.args.StandardSave(v) for k, v in trees.items()}
         items["meta"] = ocp.args.JsonSave(meta.to_json())
-        self._recorded()
+        args = ocp.args.Composite(**items)
+        if there:
+            self._replace(step, args, score)
+            return
         self._scores[step] = score
         try:
-            self._manager.save(
-                step, metrics={"score": score}, args=ocp.args.Composite(**items)
-            )
+            self._manager.save(step, metrics={"score": score}, args=args)
+        except Exception as error:
+            raise self._explained(error) from error
+        self._recording = threading.Thread(target=self._record, args=(step, score))
+        self._recording.start()
+
+    def _replace(self, step: int, args: Any, score: float) -> None:
+        """Saves aside, and then puts it in the place of the checkpoint of its step."""
+        again = integrity.again_of(self.workdir)
+        if distributed.is_main():
+            shutil.rmtree(again, ignore_errors=True)
+        distributed.wait(f"step {step} is saved again")
+        try:
+            with contextlib.closing(_manager(again, {}, read_only=False)) as manager:
+                manager.save(step, metrics={"score": score}, args=args)
+                manager.wait_until_finished()
+            if distributed.is_main():
+                integrity.record(again, step, score)
+        except InputError:
+            raise
         except Exception as error:
             raise self._explained(error) from error
         if distributed.is_main():
-            record = threading.Thread(target=self._record, args=(step, score))
-            record.start()
-            self._recording = record
+            integrity.replace(self.workdir, step)
+        distributed.wait(f"step {step} has been saved again")
+        self._scores[step] = score
+        self._damage.pop(step, None)
 
     def _record(self, step: int, score: float) -> None:
         """Writes the sums of the save under way, once it is complete; in a thread.
@@ -379,8 +464,11 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-        except Exception:
-            return  # raised again, in `wait` or by the next save
+        except Exception as error:
+            self._failure = error
+            return
+        if not distributed.is_main():
+            return
         try:
             integrity.record(self.workdir, step, score)
             integrity.forget(self.workdir)
@@ -399,6 +487,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until the save under way is on disk."""
         self._recorded()
+        self.check()
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -480,13 +569,20 @@ class Checkpoints:
         return self._manager.restore(step, args=args)[item]
 
 
+def _standing(workdir: Path) -> Path:
+    """The workdir, or where its only checkpoint is if a kill hit its replacing."""
+    again = integrity.again_of(workdir)
+    alone = integrity.steps_in(again) and not integrity.steps_in(workdir)
+    return again if alone else workdir
+
+
 def stored_meta(workdir: str | os.PathLike[str]) -> Meta | None:
     """What the run is that a workdir holds; None where there is none yet.
 
     Raises:
         InputError: It holds a net to predict with only, or nothing that is whole.
     """
-    path = Path(workdir)
+    path = _standing(Path(workdir))
     if not integrity.steps_in(path):
         return None
     # Said by whoever opens it to go on.
@@ -514,7 +610,7 @@ def load_for_inference(
     Raises:
         InputError: No checkpoint there, or it is damaged.
     """
-    path = Path(workdir)
+    path = _standing(Path(workdir))
     if not integrity.steps_in(path):
         raise InputError(
             f"there is no checkpoint in {path}: give the --workdir of a run of train.py"

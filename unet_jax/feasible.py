@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from unet_jax import models, sharding
+from unet_jax.data import trust
 from unet_jax.types import InputError, Shape, size_text
 
 BELOW_1 = math.nextafter(1, 0)
@@ -33,6 +34,7 @@ def check(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
     """Refuses what cannot work, before any data is read."""
     train = config["train"]
     _check_ranges(config)
+    _check_resize(config["data"].get("resize", ()))
     for name in ("steps", "batch_size", "accumulate", "eval_batch_size"):
         if train[name] < 1:
             raise InputError(f"train.{name} = {train[name]} must be 1 or more.")
@@ -67,6 +69,16 @@ def _check_ranges(config: dict[str, Any]) -> None:
         if value is not None and not low <= value <= high:
             name = f"{section}.{key}" if section else key
             raise InputError(f"{name} = {value} must be {what}.")
+
+
+def _check_resize(shape: Shape) -> None:
+    """Refuses images that no memory holds."""
+    size = 4 * math.prod(shape) / 2**30
+    if any(n < 1 for n in shape) or size * 2**30 > trust.memory() * trust.MOST:
+        raise InputError(
+            f"data.resize = {tuple(shape)} makes images of {size:.3g} GB a channel:"
+            " give a size of 1 or more an axis that fits the memory, or () for none."
+        )
 
 
 def _check_calls(train: dict[str, Any]) -> None:

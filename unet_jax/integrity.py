@@ -4,6 +4,9 @@ When a checkpoint is complete, the size and the SHA-256 of each of its files are
 to ``workdir/sums/<step>.json``, beside orbax's folder and not in it. They are compared
 before it is used. One without sums, of an older version or of a run killed in between,
 is whole if all of it can be read; a changed number inside an array is then not noticed.
+
+One that is replaced by another of the same step stays where it is until that one is
+complete in ``workdir/checkpoints/again``, which is laid out like a workdir.
 """
 
 import hashlib
@@ -11,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +25,15 @@ from unet_jax.types import InputError
 CHECKPOINTS = "checkpoints"
 SUMS = "sums"
 DAMAGED = "damaged"
+AGAIN = "again"
+_OLD = "old"  # in AGAIN: the checkpoint that makes room, from then on it is the old one
 # Smaller files are always read: orbax's JSON is, arrays mostly are not.
 SMALL = 1 << 16
+# Seconds for which a checkpoint that was read and found whole counts as such, while its
+# files look as they did: who starts a run asks several times.
+REMEMBERED = 600.0
+_Looks = tuple[tuple[str, int, int, int, int], ...]
+_whole: dict[Path, tuple[_Looks, float]] = {}
 
 
 class Sums(NamedTuple):
@@ -60,6 +71,11 @@ def steps_in(workdir: Path) -> list[int]:
         return []
     decimal = (name for name in names if name.isascii() and name.isdecimal())
     return sorted(int(name) for name in decimal if str(int(name)) == name)
+
+
+def again_of(workdir: Path) -> Path:
+    """Where a checkpoint is made that replaces another of its step; like a workdir."""
+    return workdir / CHECKPOINTS / AGAIN
 
 
 def _digest(path: Path) -> str:
@@ -147,15 +163,40 @@ def damage(workdir: Path, step: int, *, whole: bool = True) -> str | None:
     folder = folder_of(workdir, step)
     if not folder.is_dir():
         return f"{CHECKPOINTS}/{step} is no folder"
+    key, now, looks = folder.absolute(), time.monotonic(), _looks(workdir, step)
+    known, since = _whole.get(key, (None, now))
+    if looks is not None and known == looks and now - since < REMEMBERED:
+        return None
     try:
         if sums := sums_of(workdir, step):
-            return _changed(folder, sums, whole=whole)
-        return _unreadable(folder, step)
+            bad = _changed(folder, sums, whole=whole)
+        else:
+            whole, bad = True, _unreadable(folder, step)
     except PermissionError as error:
         raise InputError(
             f"{error.filename or folder} may not be read ({error.strerror}): give"
             " yourself the right to, or use another user's account."
         ) from error
+    if whole and bad is None and looks is not None:
+        _whole[key] = looks, now
+    return bad
+
+
+def _looks(workdir: Path, step: int) -> _Looks | None:
+    """What can be told of all files of a checkpoint, and of its sums, unread.
+
+    None where not even that can be.
+    """
+    folder, sums = folder_of(workdir, step), _sums_file(workdir, step)
+    try:
+        found = [(path, path.stat()) for path in sorted(folder.rglob("*"))]
+        found += [(path, path.stat()) for path in (sums,) if path.exists()]
+    except OSError:
+        return None
+    return tuple(
+        (str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+        for path, s in found
+    )
 
 
 def _changed(folder: Path, sums: Sums, *, whole: bool) -> str | None:
@@ -213,14 +254,12 @@ def _unreadable(folder: Path, step: int) -> str | None:
 def _arrays(folder: Path) -> Iterator[tuple[str, Any]]:
     """The arrays of an item, each with its name, one after the other on the host.
 
-    Orbax is only asked what there is: it reads all at once, and leaves some to be read
-    after the first has failed.
+    Orbax is only asked what there is, and last: it reads all at once, and leaves some
+    to be read after the first has failed.
     """
     import orbax.checkpoint as ocp
     import tensorstore as ts
 
-    there: Any = folder  # orbax has a type of its own for paths, and takes any
-    ocp.PyTreeCheckpointHandler().metadata(there)
     about = (folder / "_METADATA", folder / "_sharding")
     for path in (*about, *folder.glob("array_metadatas/*")):
         json.loads(path.read_bytes())
@@ -232,6 +271,8 @@ def _arrays(folder: Path) -> Iterator[tuple[str, Any]]:
         for name in (key[: -len(end)].decode() for key in keys if key.endswith(end)):
             spec = {"driver": driver, "kvstore": {**kvstore, "path": name}}
             yield name, ts.open(spec).result().read().result()
+    there: Any = folder  # orbax has a type of its own for paths, and takes any
+    ocp.PyTreeCheckpointHandler().metadata(there)
 
 
 def set_aside(workdir: Path, step: int) -> Path:
@@ -259,3 +300,54 @@ def set_aside(workdir: Path, step: int) -> Path:
             f" {target} ({error.strerror}): move it away by hand."
         ) from error
     return target
+
+
+def replace(workdir: Path, step: int) -> None:
+    """Puts the checkpoint made in `again_of` in the place of the one of its step.
+
+    Whenever that is interrupted, `settle` ends it.
+
+    Args:
+        workdir: The run's folder.
+        step: Of both; the new one is complete and has its sums.
+
+    Raises:
+        InputError: It cannot be moved, or the disk is full.
+    """
+    try:
+        folder_of(workdir, step).rename(again_of(workdir) / _OLD)
+    except OSError as error:
+        raise _not_replaced(workdir, error) from error
+    settle(workdir)
+
+
+def settle(workdir: Path) -> None:
+    """Ends what a run left of replacing a checkpoint: goes on with it, or drops it.
+
+    Raises:
+        InputError: Something cannot be moved, or the disk is full.
+    """
+    again = again_of(workdir)
+    old = again / _OLD
+    try:
+        if os.path.lexists(old):
+            for sums in (again / SUMS).glob("*.json"):
+                step = int(sums.stem)
+                # Without sums a checkpoint is read; with another's it is damaged.
+                _sums_file(workdir, step).unlink(missing_ok=True)
+                if (made := folder_of(again, step)).exists():
+                    made.rename(folder_of(workdir, step))
+                replace_file(_sums_file(workdir, step), sums.read_bytes())
+            old.rename(again / "done")
+        if again.exists():
+            shutil.rmtree(again)
+    except OSError as error:
+        raise _not_replaced(workdir, error) from error
+
+
+def _not_replaced(workdir: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{error.filename or again_of(workdir)} cannot be moved or removed"
+        f" ({error.strerror}), and a checkpoint of {workdir} could not be replaced:"
+        " mend that and run the same command again."
+    )

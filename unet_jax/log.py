@@ -198,6 +198,7 @@ class RunLog:
         resume_step: The step that the run goes on from, 0 for a new one. Rows of later
             steps, left by a run that was killed, are cut from the CSV files and hidden
             in TensorBoard.
+        owed: The evaluation of that step will be made again: its row is cut, too.
         silent: Write nothing at all: another process writes this log.
 
     Raises:
@@ -209,6 +210,7 @@ class RunLog:
         workdir: str | os.PathLike[str],
         *,
         resume_step: int,
+        owed: bool = False,
         silent: bool = False,
     ) -> None:
         self._silent = silent
@@ -216,7 +218,10 @@ class RunLog:
             return
         folder = Path(workdir)
         self._tables = {
-            kind: _Table(folder / f"{kind}.csv", resume_step=resume_step)
+            kind: _Table(
+                folder / f"{kind}.csv",
+                resume_step=resume_step - (owed and kind == "evaluation"),
+            )
             for kind in get_args(Kind)
         }
         self._events = _Events(folder / EVENTS, resume_step=resume_step)

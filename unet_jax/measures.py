@@ -75,38 +75,66 @@ class Measure:
     summarise: Callable[[NumpyArray], dict[str, float]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What was counted of a source.
+
+    Attributes:
+        index: ``i64[N]``, the numbers of the examples, rising. Those of which nothing
+            has weight are not among them.
+        of: By the name of a measure the rows ``[N, ...]``, and what summarises them.
+    """
+
+    index: NumpyArray
+    of: dict[str, tuple[NumpyArray, Measure]]
+
+    def only(self, index: NumpyArray) -> "Rows":
+        """The rows of some examples: those that are in ``index`` as well."""
+        kept = np.isin(self.index, index)
+        of = {name: (rows[kept], kind) for name, (rows, kind) in self.of.items()}
+        return Rows(self.index[kept], of)
+
+
 def rows(
     names: Sequence[str],
     setting: Setting,
     source: Source,
     *,
     done: Callable[[int], Any] | None = None,
-) -> dict[str, tuple[NumpyArray, Measure]]:
-    """Measures every image of a source.
+) -> Rows:
+    """Measures every image of a source of which anything has weight.
 
     Args:
         names: Keys of `MEASURES`.
         setting: The net and how it is measured.
         source: Examples as the task wants them (`unet_jax.data.source.Labelled`).
-        done: Called with the number of each image that is measured.
-
-    Returns:
-        For each name the rows ``[N, ...]`` and the measure that summarises them.
+        done: Called with the number of each image that is done with.
 
     Raises:
-        InputError: A measure that is not known or does not fit the task.
+        InputError: A measure that is not known or does not fit the task; nothing in
+            the source has weight.
     """
     made = {name: choose(MEASURES, name, "--metrics =")(setting) for name in names}
     counted: dict[str, list[NumpyArray]] = {name: [] for name in names}
+    index = []
     for i in range(len(source)):
         example = source[i]
-        prediction = setting.predictor(example["image"], name=source.name(i))
-        case = Case(example, prediction, functools.partial(_objects, source, i))
-        for name, measure in made.items():
-            counted[name].append(measure.count(case))
+        # Not all measures ask for the weight, and one that is left out has no truth.
+        if (np.asarray(example.get("weight", 1)) > 0).any():
+            prediction = setting.predictor(example["image"], name=source.name(i))
+            case = Case(example, prediction, functools.partial(_objects, source, i))
+            for name, measure in made.items():
+                counted[name].append(measure.count(case))
+            index.append(i)
         if done is not None:
             done(i)
-    return {name: (np.stack(counted[name]), made[name]) for name in names}
+    if not index:
+        raise InputError(
+            f"nothing counts in any of the {len(source)} examples, {source.name(0)}"
+            " among them: measure a --split whose masks leave something to count."
+        )
+    of = {name: (np.stack(counted[name]), made[name]) for name in names}
+    return Rows(np.asarray(index), of)
 
 
 def _objects(source: Source, i: int) -> NumpyArray:

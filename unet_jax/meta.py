@@ -32,6 +32,7 @@ class Meta:
         torch: Of a net that came from PyTorch: ``family``, ``layout`` and ``dtype``, as
             `unet_jax.torch_weights.Imported` has them, and ``source``, the file's name.
             Else empty.
+        examples: Of ``train`` and ``evaluation``: ``[count, digest of the names]``.
     """
 
     model: dict[str, Any]
@@ -46,6 +47,7 @@ class Meta:
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, float] = dataclasses.field(default_factory=dict)
     torch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    examples: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, with the format's number."""
@@ -92,6 +94,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "progress": lambda v: isinstance(v, dict),
     "results": lambda v: isinstance(v, dict),
     "torch": lambda v: isinstance(v, dict),
+    "examples": lambda v: isinstance(v, dict),
 }
 
 
@@ -193,8 +196,17 @@ def check_same_run(
     before, after = (
         _flat(json.loads(json.dumps(meta.config))) for meta in (stored, now)
     )
-    return [
+    changed = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in {**before, **after}
         if before.get(key) != after.get(key)
     ]
+    for part, (count, digest) in now.examples.items():
+        then = stored.examples.get(part)
+        if then is not None and then[1] != digest:
+            changed.append(
+                f"the images of data.{part}: {then[0]} -> {count}, and not the same"
+                " ones: what was trained on may now be evaluated on, so use a new"
+                " --workdir for figures that count"
+            )
+    return changed

@@ -48,7 +48,12 @@ def measure(kind: str, images: Iterable[NumpyArray]) -> dict[str, Any]:
     """
     choose(KINDS, kind, "data.normalisation =")
     images = iter(images)
-    first = next(images)
+    first = next(images, None)
+    if first is None:
+        raise InputError(
+            "no image of the training data has a pixel that counts, so that there is"
+            " nothing to learn: look at the masks with unet-jax inspect."
+        )
     channels, dtype = first.shape[-1], first.dtype.name
     if kind == "auto":
         kind = "range" if first.dtype == np.uint8 else "standard"
@@ -87,8 +92,8 @@ def spread(source: Any) -> Iterator[NumpyArray]:
     count = min(len(source), MEASURED)
     numbers = np.linspace(0, len(source) - 1, count).astype(int).tolist()
     with ThreadPoolExecutor(4) as pool:
-        for begin in range(0, count, 16):
-            for example in pool.map(source.__getitem__, numbers[begin : begin + 16]):
+        for begin in range(0, count, 4):
+            for example in pool.map(source.__getitem__, numbers[begin : begin + 4]):
                 if example["weight"].any():
                     yield example["image"]
 

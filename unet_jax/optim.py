@@ -284,10 +284,13 @@ def build(
     if freeze:
 
         def label(params: PyTree) -> PyTree:
-            return jax.tree.map(
-                lambda frozen: "frozen" if frozen else "trained",
-                is_frozen(params, freeze),
-            )
+            frozen = is_frozen(params, freeze)
+            if all(jax.tree.leaves(frozen)):
+                raise InputError(
+                    f"optim.freeze = {tuple(freeze)} leaves nothing to train: freeze"
+                    " less."
+                )
+            return jax.tree.map(lambda held: "frozen" if held else "trained", frozen)
 
         tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, label)
     if lr_scale:

@@ -91,34 +91,35 @@ class Keys(NamedTuple):
     required: frozenset[str]
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Mapping[str, Any], *, whole: bool = True) -> None:
     """Refuses a config that lacks a key, has one too many, or a value of another kind.
 
     The fields of ``config.model`` are looked at by `unet_jax.checks`.
 
     Args:
         config: Plain data, without the keys left at None.
+        whole: Whether it is a command's, which needs all keys; else it may lack some.
 
     Raises:
         InputError: Names the key, and what it may be.
     """
     from unet_jax import augment, losses, optim
 
-    _check("", config, of_section(Config))
-    for name, section in (
-        ("train", Train),
-        ("plateau", Plateau),
-        ("mesh", Mesh),
-        ("members", Members),
-    ):
-        _check(name, config.get(name, {}), of_section(section))
-    for name, function, given in (
-        ("augment", augment.build, ()),
-        ("loss", losses.build, ("task",)),
-        ("optim", optim.build, ("total_steps",)),
-    ):
-        _check(name, config[name], of_function(function, given))
-    if not config["model"].get("name") and not config["model"].get("weights"):
+    sections = {
+        "": of_section(Config),
+        "train": of_section(Train),
+        "plateau": of_section(Plateau),
+        "mesh": of_section(Mesh),
+        "members": of_section(Members),
+        "augment": of_function(augment.build),
+        "loss": of_function(losses.build, "task"),
+        "optim": of_function(optim.build, "total_steps"),
+    }
+    for name, keys in sections.items():
+        values = config.get(name, {}) if name else config
+        _check(name, values, keys if whole else keys._replace(required=frozenset()))
+    model = config.get("model", {})
+    if whole and not model.get("name") and not model.get("weights"):
         raise InputError("model.name is missing: give it, such as 'unet'.")
     check_data(config["data"])
 
@@ -128,13 +129,12 @@ def check_data(section: Mapping[str, Any]) -> None:
     from unet_jax import data
     from unet_jax.data.border import Bordered
 
-    _check("data", section, of_function(data.build, ("task", "share")))
+    _check("data", section, of_function(data.build, "task", "share"))
     source = choose(data.SOURCES, section["source"], "data.source =")
     module = importlib.import_module(f"unet_jax.data.{source}")
-    given = ("root", "split", "links", "on_error")
-    keys = of_function(module.open, given)
+    keys = of_function(module.open, "root", "split", "links", "on_error")
     _check(f"data.{source}", section.get(source, {}), keys)
-    keys = of_function(Bordered.__init__, ("self", "source"))
+    keys = of_function(Bordered.__init__, "self", "source")
     _check("data.border", section.get("border", {}), keys)
 
 
@@ -144,7 +144,7 @@ def of_section(section: type) -> Keys:
     return Keys(hints, section.__required_keys__)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def of_function(function: Callable[..., Any], given: Sequence[str]) -> Keys:
+def of_function(function: Callable[..., Any], *given: str) -> Keys:
     """The keyword arguments of a function, without those that no config gives."""
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters

@@ -5,6 +5,7 @@ goes to the builder of the same name as keyword arguments.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import os
@@ -95,7 +96,7 @@ class Run:
             start=start,
             rows=sharding.own_rows(self.mesh, train["batch_size"]),
             foreground=train.get("foreground", 0.0),
-            threads=read_threads(self.config),
+            threads=read_threads(self.config, self.batch_bytes()),
         )
 
     def batch_shapes(self) -> Any:
@@ -136,6 +137,13 @@ class Run:
             for x in shapes
         )
 
+    def _evaluation_bytes(self, batch_size: int) -> int:
+        """What a batch of the evaluation takes of the host, by its first example."""
+        pixels = math.prod(self.dataset.evaluation.size(0))
+        labels = len(self.meta.label_names) if self.meta.task == "labels" else 1
+        image = self.dataset.channels * self.dataset.dtype.itemsize
+        return batch_size * pixels * (image + 5 * labels)
+
     def costs(self) -> compiled.Costs:
         """What a training step costs each device; compiles it."""
         program = self.train_step.lower(self.shapes, self.batch_shapes()).compile()
@@ -161,7 +169,7 @@ class Run:
             batch_size=batch_size,
             pads=partial(models.pads, self.model, space=self.mesh.shape["space"]),
             rows=sharding.own_rows(self.mesh, batch_size),
-            threads=read_threads(self.config),
+            threads=read_threads(self.config, self._evaluation_bytes(batch_size)),
         )
         return evaluate(
             self.eval_step,
@@ -174,12 +182,17 @@ class Run:
         )
 
 
-def read_threads(config: dict[str, Any]) -> int:
+def read_threads(config: dict[str, Any], batch_bytes: int) -> int:
     """How many threads read batches ahead: as asked, else one a core and at most 8.
 
-    Each holds a batch, so that more would take memory; decoding leaves Python's lock.
+    Each holds a batch: of large ones there are fewer, so that all stay below a GB.
+
+    Args:
+        config: Of a run.
+        batch_bytes: Of a batch, on the host.
     """
-    return config["train"].get("threads", 0) or min(os.cpu_count() or 1, 8)
+    most = max(2**30 // max(batch_bytes, 1), 1)
+    return config["train"].get("threads", 0) or min(os.cpu_count() or 1, 8, most)
 
 
 def _stacked(batches: Iterator[Batch], count: int) -> Iterator[Any]:
@@ -263,7 +276,7 @@ def build(
     Raises:
         InputError: What cannot work.
     """
-    options.check(config)
+    options.check(config, whole=False)
     config = _as_found(config, stored)
     batch_size, remat = config["train"]["batch_size"], config["model"].get("remat", 0)
     unit = mesh.shape["data"] * max(config["train"]["accumulate"], 1)
@@ -337,6 +350,14 @@ def _normalisation(
     return normalisation.measure(kind, normalisation.spread(dataset.train))
 
 
+def _names(source: data.Source) -> tuple[int, str]:
+    """How many examples there are, and a digest of their names in their order."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        digest.update(source.name(i).encode(errors="surrogateescape") + b"\0")
+    return len(source), digest.hexdigest()[:16]
+
+
 def _with(config: dict[str, Any], batch_size: int, remat: int) -> dict[str, Any]:
     """A config with the two numbers that can be found."""
     train = {**config["train"], "batch_size": batch_size}
@@ -403,6 +424,10 @@ def _compose(
         threshold=train["threshold"],
         config=config,
         torch=net.torch,
+        examples={
+            "train": _names(dataset.train),
+            "evaluation": _names(dataset.evaluation),
+        },
     )
     # The start runs once: on CPU, unoptimised, it compiles in 0.9 s instead of 3.3 s.
     on_cpu = mesh.devices.flat[0].platform == "cpu"

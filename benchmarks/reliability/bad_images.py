@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -51,7 +52,7 @@ def halved(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def saved(array: np.ndarray, ending: str = ".png", **options: object) -> bytes:
+def saved(array: np.ndarray, ending: str = ".png", **options: Any) -> bytes:
     """An image file of an array."""
     file = io.BytesIO()
     Image.fromarray(array).save(file, Image.registered_extensions()[ending], **options)
@@ -83,10 +84,10 @@ def png_of(width: int, height: int, body: bytes = b"\0\1\2\0\3\4") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-def tiff_of(array: np.ndarray, **options: object) -> bytes:
-    """A TIFF file of an array."""
+def tiff_of(array: np.ndarray, **options: Any) -> bytes:
+    """A grey TIFF file of an array, its pages along the first of three axes."""
     file = io.BytesIO()
-    tifffile.imwrite(file, array, **options)
+    tifffile.imwrite(file, array, photometric="minisblack", **options)
     return file.getvalue()
 
 
@@ -349,6 +350,10 @@ FILES: dict[str, tuple[Change, str]] = {
 
 # Odd, but nothing that a data set could not be looked at with.
 ODD: dict[str, tuple[Change, str]] = {
+    "a damaged image": (
+        lambda d: halved(d / "images/b.png"),
+        r"b\.png\s+cannot\s+be\s+read",
+    ),
     "a folder called png": (lambda d: _folder_called(d, "images/b.png"), r"b\.png"),
     "a pipe": (lambda d: _fifo(d, "images/b.png"), r"b\.png"),
     "an image without end": (

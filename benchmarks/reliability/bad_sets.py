@@ -31,7 +31,7 @@ LABELS = np.stack([disc(k) for k in range(4)])
 # --- Stacks and volumes --------------------------------------------------------------
 
 
-def nifti(array: np.ndarray, **fields: object) -> bytes:
+def nifti(array: np.ndarray, **fields: Any) -> bytes:
     """A NIfTI file of ``u8[D, H, W]``, with other values in its header.
 
     Args:
@@ -41,19 +41,19 @@ def nifti(array: np.ndarray, **fields: object) -> bytes:
     header = bytearray(352)
     struct.pack_into("<i", header, 0, 348)
     dim = (array.ndim, *array.shape, *[1] * (7 - array.ndim))
-    struct.pack_into("<8h", header, 40, *fields.get("dim", dim))  # pyright: ignore
-    struct.pack_into("<2h", header, 70, *fields.get("datatype", (2, 8)))  # pyright: ignore
+    struct.pack_into("<8h", header, 40, *fields.get("dim", dim))
+    struct.pack_into("<2h", header, 70, *fields.get("datatype", (2, 8)))
     pixdim = fields.get("pixdim", (1.0,) * 8)
-    struct.pack_into("<8f", header, 76, *pixdim)  # pyright: ignore
+    struct.pack_into("<8f", header, 76, *pixdim)
     struct.pack_into("<f", header, 108, fields.get("vox_offset", 352.0))
-    header[344:348] = fields.get("magic", b"n+1\0")  # pyright: ignore
+    header[344:348] = fields.get("magic", b"n+1\0")
     return bytes(header) + array.tobytes(order="F")
 
 
 def _stacks(root: Path) -> None:
     root.mkdir()
-    (root / "train-volume.tif").write_bytes(tiff_of(STACK, photometric="minisblack"))
-    (root / "train-labels.tif").write_bytes(tiff_of(LABELS, photometric="minisblack"))
+    (root / "train-volume.tif").write_bytes(tiff_of(STACK))
+    (root / "train-labels.tif").write_bytes(tiff_of(LABELS))
 
 
 def _of(image: bytes, mask: bytes | None = None, ending: str = ".tif") -> Change:
@@ -71,7 +71,7 @@ def _of(image: bytes, mask: bytes | None = None, ending: str = ".tif") -> Change
     return change
 
 
-def _nii(**fields: object) -> Change:
+def _nii(**fields: Any) -> Change:
     return _of(nifti(STACK, **fields), nifti(LABELS // 255), ".nii")
 
 
@@ -80,13 +80,17 @@ GZ = {"images": "*-volume.nii.gz", "masks": "*-labels.nii.gz"}
 NPY = {"images": "*-volume.npy", "masks": "*-labels.npy"}
 V = "train-volume"
 
-VOLUMES: dict[str, tuple[Change, dict[str, object], str]] = {
+VOLUMES: dict[str, tuple[Change, Mapping[str, object], str]] = {
     "empty": (_of(b""), {}, rf"{V}\.tif"),
     "text": (_of(b"no stack at all" * 9), {}, rf"{V}\.tif"),
     "cut short": (lambda d: halved(d / f"{V}.tif"), {}, rf"{V}\.tif"),
-    "a page less": (_of(tiff_of(STACK[:3])), {}, rf"{V}\.tif.*3 x 16 x 16"),
-    "pages of several sizes": (
-        _of(tiff_of(STACK) + b"", tiff_of(LABELS[:, :8])),
+    "a page less": (
+        _of(tiff_of(STACK[:3])),
+        {},
+        rf"{V}\.tif.*3 x 16 x 16",
+    ),
+    "pages of half the size": (
+        _of(tiff_of(STACK), tiff_of(LABELS[:, :8])),
         {},
         r"train-.*16",
     ),
@@ -132,11 +136,6 @@ VOLUMES: dict[str, tuple[Change, dict[str, object], str]] = {
         GZ | {"slices": False},
         r"train-.*\.nii\.gz",
     ),
-    "voxels of no size": (
-        _of(nifti(STACK, pixdim=(1.0, *[0.0] * 7)), nifti(LABELS // 255), ".nii"),
-        NII | {"slices": False, "spacing": "(1.,1.,1.)"},
-        "voxel size|spacing|affine",
-    ),
     "voxels of nan": (
         _of(nifti(STACK, pixdim=(np.nan,) * 8), nifti(LABELS // 255), ".nii"),
         NII | {"slices": False, "spacing": "(1.,1.,1.)"},
@@ -160,7 +159,7 @@ VOLUMES: dict[str, tuple[Change, dict[str, object], str]] = {
     ),
     "a spacing too fine": (
         _nii(),
-        NII | {"spacing": "(1e-7,1e-7,1e-7)", "slices": False},
+        NII | {"spacing": "(1e-12,1e-12,1e-12)", "slices": False},
         "spacing|fit this machine",
     ),
     "spacing of TIFF": (
@@ -193,7 +192,7 @@ def _put(root: Path, name: str, content: bytes) -> None:
     (root / name).write_bytes(content)
 
 
-CTC: dict[str, tuple[Change, dict[str, object], str]] = {
+CTC: dict[str, tuple[Change, Mapping[str, object], str]] = {
     "no sequence": (lambda d: shutil.rmtree(d / "01"), {}, "01"),
     "no truth": (lambda d: shutil.rmtree(d / "01_GT"), {}, "01_GT"),
     "no masks": (lambda d: shutil.rmtree(d / "01_GT/SEG"), {}, "01_GT"),
@@ -308,7 +307,7 @@ def _rle(size: object, counts: object) -> Change:
 IMAGE, NOTE = r"images\[1\]", r"annotations\[1\]"
 J = r"annotations\.json"
 
-COCO: dict[str, tuple[Change, dict[str, object], str]] = {
+COCO: dict[str, tuple[Change, Mapping[str, object], str]] = {
     "no file": (lambda d: (d / "annotations.json").unlink(), {}, "data"),
     "empty": (_coco_raw(b""), {}, J),
     "no JSON": (_coco_raw(b"{'images': []}"), {}, J),
@@ -350,7 +349,7 @@ COCO: dict[str, tuple[Change, dict[str, object], str]] = {
     "a name too long": (
         _coco_with("images", 1, "file_name", to="b" * 9999 + ".png"),
         {},
-        "bbbb",
+        IMAGE,
     ),
     "a file that is not there": (
         _coco_with("images", 1, "file_name", to="x.png"),
@@ -431,7 +430,7 @@ def _nn_with(*path: str | int, to: object) -> Change:
     return _json("dataset.json", _said(*path, to=to, content=_nn_content))
 
 
-NNUNET: dict[str, tuple[Change, dict[str, object], str]] = {
+NNUNET: dict[str, tuple[Change, Mapping[str, object], str]] = {
     "no dataset.json": (lambda d: (d / "dataset.json").unlink(), {}, r"dataset\.json"),
     "no JSON": (lambda d: _put(d, "dataset.json", b"{"), {}, r"dataset\.json"),
     "a list": (lambda d: _put(d, "dataset.json", b"[]"), {}, r"dataset\.json"),
@@ -486,17 +485,12 @@ NNUNET: dict[str, tuple[Change, dict[str, object], str]] = {
     "a spacing of texts": (lambda d: None, {"spacing": "('a',2,3)"}, "spacing"),
 }
 
-# --- Others --------------------------------------------------------------------------
+# --- TensorFlow Datasets -------------------------------------------------------------
 
-TFDS: dict[str, tuple[Change, dict[str, object], str]] = {
+TFDS: dict[str, tuple[Change, Mapping[str, object], str]] = {
     "an unknown name": (lambda d: None, {"name": "no_such_set_at_all"}, "no_such_set"),
     "no name": (lambda d: None, {}, r"tfds\.name|name"),
     "a name that leads out": (lambda d: None, {"name": "../../x"}, r"\.\./\.\./x"),
-    "nothing prepared": (
-        lambda d: None,
-        {"name": "isbi2012", "data_dir": "nowhere", "manual_dir": "nowhere"},
-        "isbi2012|nowhere",
-    ),
 }
 
 
@@ -518,11 +512,11 @@ def _command(
 def _cases(
     kind: str,
     source: str,
-    table: Mapping[str, tuple[Change, dict[str, object], str]],
+    table: Mapping[str, tuple[Change, Mapping[str, object], str]],
     make: Change,
     split: tuple[str, str],
 ) -> list[Case]:
-    fixed = {"source": source, "make": make, "split": split}
+    fixed: dict[str, Any] = {"source": source, "make": make, "split": split}
     return [
         Case(kind, name, partial(_command, change=c, options=o, **fixed), says, harmed)
         for name, (c, o, says) in table.items()

@@ -5,6 +5,7 @@ imported by the subcommand that needs it, so that ``--help`` answers at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,8 +20,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, 2 for a user's mistake, or 1 for a check that failed.
+        The exit status: 0, 2 for a user's mistake, 1 for a check that failed, or 141
+        if nobody reads the output any more, as after ``| head``.
     """
+    try:
+        try:
+            return _main(argv)
+        finally:
+            # Here and not when the interpreter ends, which has no way but a traceback.
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # What is still kept for the pipe would fail there once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """`main`, with whatever is written to a closed pipe raised."""
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     arguments.changes = [text for text in unknown if text.startswith("--config.")]
@@ -34,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stdout.flush()
         print(f"unet-jax: error: {shared.one_line(error)}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        why = shared.one_line(error) or "no more to be had"
+        print(
+            f"unet-jax: error: this needs more memory than there is ({why}): make"
+            " images, crops or batches smaller.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("unet-jax: interrupted", file=sys.stderr)

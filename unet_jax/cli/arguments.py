@@ -173,8 +173,6 @@ def load(path: str) -> Any:
     import runpy
     from pathlib import Path
 
-    from ml_collections import ConfigDict
-
     from unet_jax.types import InputError
 
     file = Path(path)
@@ -201,7 +199,8 @@ def load(path: str) -> Any:
         ) from error
     finally:
         sys.path[:] = before
-    if not isinstance(config, ConfigDict):
+    # The package does not know configs, nor what they are made with.
+    if not hasattr(config, "update_from_flattened_dict"):
         raise InputError(
             f"get_config of {path} returns {config!r:.60} and no ConfigDict: end it"
             " with `return config`, as in configs/default.py."

@@ -5,12 +5,14 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unet_jax.cli import arguments as flags
 
 if TYPE_CHECKING:
     from unet_jax.checkpoint import Meta
+    from unet_jax.evaluation import Evaluation
+    from unet_jax.measures import Rows
 
 
 _EPILOG = """\
@@ -78,23 +80,32 @@ def _run(arguments: argparse.Namespace) -> None:
         workdirs[0], which=arguments.which
     )
     meta, source, split = open_split(meta, arguments)
-    results = measure(model, variables, meta, source, arguments)
+    found = _evaluation(model, variables, meta, source, arguments)
+    counted = int(found.confusion.any(axis=tuple(range(1, found.confusion.ndim))).sum())
+    about = _About(arguments.workdir, step, split, counted, len(source) - counted)
     if arguments.json:
-        print(_json(arguments, step, split, source, {"results": results}))
+        print(about.json({"results": found.results}))
         return
-    print(f"{arguments.workdir}: step {step}, {len(source)} examples of {split}")
-    print(table(results, meta.label_names))
+    print(about)
+    print(table(found.results, meta.label_names))
 
 
-def _json(
-    arguments: argparse.Namespace,
-    step: int,
-    split: str,
-    source: Any,
-    found: dict[str, Any],
-) -> str:
-    head = {"workdir": arguments.workdir, "step": step, "split": split}
-    return json.dumps({**head, "examples": len(source), **_finite(found)})
+class _About(NamedTuple):
+    """What was measured of what; ``left_out`` are examples of which nothing counts."""
+
+    workdir: str
+    step: int
+    split: str
+    examples: int
+    left_out: int
+
+    def json(self, found: dict[str, Any]) -> str:
+        return json.dumps({**self._asdict(), **_finite(found)})
+
+    def __str__(self) -> str:
+        text = f"{self.workdir}: step {self.step}, {self.examples} examples of"
+        left = f"; {self.left_out} left out, of which nothing counts"
+        return f"{text} {self.split}" + left * (self.left_out > 0)
 
 
 def _finite(value: Any) -> Any:
@@ -119,21 +130,28 @@ def _measures(arguments: argparse.Namespace, workdirs: Sequence[str]) -> None:
         raise InputError(f"--bootstrap={arguments.bootstrap} must be 1 or more.")
     names = ["pixels", *(n for n in _names(arguments.metrics) if n != "pixels")]
     meta, step, source, split, found = _counted(arguments, workdirs, names)
+    theirs = found
+    if arguments.against is not None:
+        other = flags.workdirs(arguments.against)
+        _, _, against, _, theirs = _counted(arguments, other, names)
+        _check_alike(arguments, source, against)
+        # A file may have been lost in between.
+        found, theirs = found.only(theirs.index), theirs.only(found.index)
     results: dict[str, float] = {}
-    for rows, kind in found.values():
+    for rows, kind in found.of.values():
         results |= kind.summarise(rows)
     intervals, differences = {}, {}
     options = {"samples": arguments.bootstrap or 1000}
     if arguments.bootstrap is not None:
-        for rows, kind in found.values():
+        for rows, kind in found.of.values():
             intervals |= bootstrap.intervals(rows, kind.summarise, **options)
     if arguments.against is not None:
-        other = flags.workdirs(arguments.against)
-        _, _, _, _, theirs = _counted(arguments, other, names)
-        for name, (rows, kind) in found.items():
+        for name, (rows, kind) in found.of.items():
             differences |= bootstrap.differences(
-                rows, theirs[name][0], kind.summarise, **options
+                rows, theirs.of[name][0], kind.summarise, **options
             )
+    counted = len(found.index)
+    about = _About(arguments.workdir, step, split, counted, len(source) - counted)
     if arguments.json:
         parts: dict[str, Any] = {"results": results}
         if intervals:
@@ -143,10 +161,10 @@ def _measures(arguments: argparse.Namespace, workdirs: Sequence[str]) -> None:
                 "workdir": arguments.against,
                 "differences": {k: v._asdict() for k, v in differences.items()},
             }
-        print(_json(arguments, step, split, source, parts))
+        print(about.json(parts))
         return
-    print(f"{arguments.workdir}: step {step}, {len(source)} examples of {split}")
-    rows, kind = found["pixels"]
+    print(about)
+    rows, kind = found.of["pixels"]
     print(table(kind.summarise(rows), meta.label_names))
     if lines := _lines(results, intervals, differences):
         print("", *lines, sep="\n")
@@ -158,6 +176,23 @@ _NOTE = (
     "[]: 95 % of {samples} samples of the images; what another seed of the training"
     " would change is not in it"
 )
+
+
+def _check_alike(arguments: argparse.Namespace, source: Any, other: Any) -> None:
+    """Refuses to compare nets image by image on images that are not the same."""
+    from unet_jax.types import InputError
+
+    ours, theirs = ([s.name(i) for i in range(len(s))] for s in (source, other))
+    if ours == theirs:
+        return
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    first, second = ((s[at : at + 1] or ["none"])[0] for s in (ours, theirs))
+    raise InputError(
+        f"--against={arguments.against} has {len(theirs)} examples and the workdir"
+        f" {len(ours)}, of which number {at + 1} is {second} there and {first} here:"
+        " measure both nets on one --split, or on the data of one --config."
+    )
 
 
 def _names(text: str | None) -> list[str]:
@@ -172,8 +207,8 @@ def _names(text: str | None) -> list[str]:
 
 def _counted(
     arguments: argparse.Namespace, workdirs: Sequence[str], names: Sequence[str]
-) -> tuple["Meta", int, Any, str, Any]:
-    """The run, its split, and the rows of every measure."""
+) -> tuple["Meta", int, Any, str, "Rows"]:
+    """The run, its step, source and split, and the rows of every measure."""
     from tqdm import tqdm
 
     from unet_jax import measures
@@ -285,6 +320,16 @@ def measure(
     arguments: argparse.Namespace,
 ) -> dict[str, float]:
     """What the training run would measure, on however many devices there are here."""
+    return _evaluation(model, variables, meta, source, arguments).results
+
+
+def _evaluation(
+    model: Any,
+    variables: Any,
+    meta: "Meta",
+    source: Any,
+    arguments: argparse.Namespace,
+) -> "Evaluation":
     from functools import partial
 
     import jax
@@ -306,7 +351,7 @@ def measure(
         stats=meta.normalisation,
         threshold=meta.threshold,
     )
-    found = evaluate(
+    return evaluate(
         jit_eval_step(step, mesh),
         jax.device_put(variables, sharding.replicated(mesh)),
         data.eval_batches(
@@ -317,7 +362,6 @@ def measure(
         label_names=meta.label_names,
         empty=arguments.empty,
     )
-    return found.results
 
 
 _COLUMNS = ("dice", "iou", "precision", "recall", "image_dice", "image_iou")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from unet_jax import overlay
+    from unet_jax.data import formats
     from unet_jax.inspection import inspect, report, settings, sheet
     from unet_jax.log import replace_file
     from unet_jax.types import InputError
@@ -90,7 +92,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if quiet:
             print(text, end="")
         else:
-            replace_file(arguments.json, text.encode())
+            with formats.writable(arguments.json):
+                replace_file(arguments.json, text.encode())
             say(f"{arguments.json}: the same as JSON")
     if not found.usable:
         say("This cannot be trained on as it is: see the lines marked !! above.")
@@ -103,12 +106,13 @@ def _run(arguments: argparse.Namespace) -> int:
         command = f"unet-jax inspect {shlex.join(_asked(arguments))}"
         text = settings.file_of(found.lines, command, path, found.layout.why)
         file = Path(path)
-        if file.exists() and file.read_bytes() != text.encode():
+        if os.path.exists(file) and file.read_bytes() != text.encode():
             raise InputError(
                 f"{path} exists and may hold work of yours: choose another name, or"
                 " move it away."
             )
-        replace_file(path, text.encode())
+        with formats.writable(path):
+            replace_file(path, text.encode())
         say(f"{path} is written. To train:\n\n{settings.train_command(path)}")
     elif arguments.config is not None:
         changes = map(shlex.quote, arguments.changes)
@@ -152,7 +156,7 @@ def _layout(arguments: argparse.Namespace) -> "tuple[Layout, bool]":
         assert config is not None
         layout, linked = layouts.of_config(config["data"], arguments.config)
         return layout, links or linked
-    if what == "cells" and not Path(what).exists():
+    if what == "cells" and not os.path.exists(what):
         return Layout("cells", None, {}, "train", "val", "the built-in cells"), links
     if what.startswith("tfds:"):
         options = {"name": what.removeprefix("tfds:")}

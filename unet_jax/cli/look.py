@@ -1,6 +1,8 @@
 """``unet-jax shapes`` and ``features``: a net, and what it makes of an image."""
 
 import argparse
+import contextlib
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +56,7 @@ def _shapes(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from unet_jax import diagram, models
+    from unet_jax.data import formats
     from unet_jax.types import InputError
 
     channels, config = arguments.channels, {}
@@ -80,7 +83,8 @@ def _shapes(arguments: argparse.Namespace) -> None:
             model = transfer.adapted(transfer.read(weights).model, fields)
     size = _size(arguments.size, config)
     out = Path(arguments.out) if arguments.out else None
-    diagram.print_and_draw(model, size, channels, out)
+    with formats.writable(str(out)) if out else contextlib.nullcontext():
+        diagram.print_and_draw(model, size, channels, out)
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -109,9 +113,12 @@ def _size(text: str | None, config: Mapping[str, Any]) -> tuple[int, ...]:
     if text is None:
         return tuple(crop)
     parts = text.lower().replace(",", "x").split("x")
-    numbers = tuple(int(part) for part in parts if part.strip().isdecimal())
+    digits = [part for part in parts if re.fullmatch(r" *\d{1,9} *", part)]
+    numbers = tuple(map(int, digits))
     if len(numbers) != len(parts) or min(numbers) < 1 or len(numbers) > 3:
-        raise InputError(f"--size={text} is no size: write 572, 256x320 or 32x48x32.")
+        raise InputError(
+            f"--size={text:.60} is no size: write 572, 256x320 or 32x48x32."
+        )
     return numbers * len(crop) if len(numbers) == 1 else numbers
 
 

@@ -7,6 +7,7 @@ and ``batches.eval_batches`` turn them into batches. The sources themselves (``c
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
@@ -144,7 +145,7 @@ def build(
             raise InputError(
                 f"The source {source!r} needs a folder: give --config.data.root=DIR."
             )
-        options |= {"root": root, "links": links, "on_error": on_error}
+        options |= {"root": _root(root), "links": links, "on_error": on_error}
     elif source == "tfds" and root and not options.get("data_dir"):
         options["data_dir"] = root
     module = importlib.import_module(f"unet_jax.data.{source}")
@@ -171,8 +172,6 @@ def build(
         )
         for part in parts
     ]
-    if on_error == "skip":
-        sources = [Skipping(part, like) for part in sources]
     if resize:
         sources = [Resized(part, resize) for part in sources]
     if border:
@@ -183,13 +182,20 @@ def build(
         sources = [Mapped(part, cache_dir) for part in sources]
     else:
         sources = list(_cache(sources, cache_mb))
+    if on_error == "skip":
+        like = _first_readable(sources[0], train)
+        sources = [Skipping(part, like) for part in sources]
     parts = [Labelled(part, task=task) for part in sources]
     dtypes = {part[0]["image"].dtype for part in parts}
     if sum(map(len, parts)) <= CHECK_AT_OPENING:
         # A bad file of a small data set is found before the training and not in it.
         with ThreadPoolExecutor(4) as pool:
             for part in parts:
-                list(pool.map(part.__getitem__, range(share[0], len(part), share[1])))
+
+                def read(i: int, part: Source = part) -> None:
+                    part[i]
+
+                list(pool.map(read, range(share[0], len(part), share[1])))
     return Dataset(
         train=parts[0],
         evaluation=parts[1],
@@ -199,6 +205,23 @@ def build(
         rank=rank,
         dtype=dtypes.pop(),
     )
+
+
+def _root(root: str) -> str:
+    """A folder's name without ``~``, where the system can look for it at all."""
+    found = os.path.expanduser(root)
+    try:
+        os.stat(found)
+    except FileNotFoundError:
+        pass  # each source says what it has looked for
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"data.root = {root!r:.120} cannot be read"
+            f" ({getattr(error, 'strerror', None) or error}): check the path."
+        ) from error
+    if found.startswith("~"):
+        raise InputError(f"data.root = {root!r:.120} names no user there is.")
+    return found
 
 
 def _first_readable(part: Source, split: str) -> Example:

@@ -77,6 +77,8 @@ def train_reader(
             "the crops that hold foreground for certain."
         )
 
+    aimed_at = _Foreground()
+
     def read(step: int) -> Batch:
         index, offset = plan(
             seed,
@@ -94,7 +96,7 @@ def train_reader(
         for i, at, where, wanted in draws:
             example = source[i]
             arrays = cast(Arrays, example)
-            target = _foreground_pixel(arrays, where) if wanted else None
+            target = aimed_at.pixel(i, arrays, where) if wanted else None
             examples.append(_random_crop(example, crop, margins, at, target))
         return _stack(examples, index[rows])
 
@@ -240,26 +242,61 @@ def _check_crop(source: Source, crop: Shape, margins: Shape) -> None:
     )
 
 
-def _foreground_pixel(example: Arrays, where: NumpyArray) -> Sequence[int] | None:
-    """A pixel of the foreground that counts, by two numbers in [0, 1), if there is one.
+class _Foreground:
+    """Where examples have foreground that counts.
 
     With the task ``classes`` id 0 is the background, with ``labels`` what has none.
     """
+
+    # To look through a volume takes a second and more, so of one this large some
+    # places of each class are remembered.
+    LARGE, SOME = 2**22, 4096
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[NumpyArray]] = {}
+
+    def pixel(self, i: int, example: Arrays, where: NumpyArray) -> Sequence[int] | None:
+        """A pixel of example i, by two numbers in [0, 1); None if there is none."""
+        shape = example["image"].shape[:-1]
+        places = self._known.get(i)
+        if places is None:
+            present = _present(example)
+            if not present:
+                return None
+            if math.prod(shape) <= self.LARGE:
+                present = [present[math.floor(float(where[0]) * len(present))]]
+            places = [_pixels(example, k) for k in present]
+            if math.prod(shape) > self.LARGE:
+                places = [_thinned(one, self.SOME) for one in places]
+                self._known[i] = places
+        pixels = places[math.floor(float(where[0]) * len(places))]
+        pixel = pixels[math.floor(float(where[1]) * len(pixels))]
+        return [int(n) for n in np.unravel_index(pixel, shape)]
+
+
+def _present(example: Arrays) -> list[int]:
+    """The classes or labels of which something counts, but the background."""
     label, counts = example["label"], example["weight"] > 0
-    planes = label.ndim == example["image"].ndim
-    if planes:
-        label = (label > 0) & counts
-        present = np.flatnonzero(label.any(axis=tuple(range(label.ndim - 1))))
-    else:
-        present = np.flatnonzero(np.bincount(label[counts]))
-        present = present[present > 0]
-    if not len(present):
-        return None
-    one = present[math.floor(float(where[0]) * len(present))]
-    here = label[..., one] if planes else (label == one) & counts
-    pixels = np.flatnonzero(here)
-    pixel = pixels[math.floor(float(where[1]) * len(pixels))]
-    return [int(n) for n in np.unravel_index(pixel, here.shape)]
+    if label.ndim == example["image"].ndim:
+        some = ((label > 0) & counts).any(axis=tuple(range(label.ndim - 1)))
+        return np.flatnonzero(some).tolist()
+    # Ids are few and small, and np.unique would sort all pixels.
+    return [k for k in np.flatnonzero(np.bincount(label[counts])).tolist() if k]
+
+
+def _pixels(example: Arrays, k: int) -> NumpyArray:
+    """The numbers of the pixels of a class or label that count: ``i64[count]``."""
+    label, counts = example["label"], example["weight"] > 0
+    if label.ndim == example["image"].ndim:
+        return np.flatnonzero((label[..., k] > 0) & counts[..., k])
+    return np.flatnonzero((label == k) & counts)
+
+
+def _thinned(pixels: NumpyArray, most: int) -> NumpyArray:
+    """At most so many of them, evenly spread."""
+    if len(pixels) <= most:
+        return pixels
+    return pixels[np.linspace(0, len(pixels) - 1, most).astype(np.int64)]
 
 
 def _random_crop(
@@ -354,6 +391,6 @@ def _run(
     import grain
 
     # A small buffer: grain's default of 64 batches is slow to begin and large.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     batches = grain.MapDataset.source(_Batches(read, count))[start:]
     return iter(batches.to_iter_dataset(options))

@@ -16,7 +16,7 @@ class Faults:
     Args:
         on_error: ``stop`` raises each error at once; ``skip`` keeps count, and the
             caller goes on without the part that it was about.
-        what: what the parts are, such as ``images of DIR``.
+        what: what the parts are, in the plural: ``images of DIR``.
 
     Raises:
         InputError: another ``on_error``.
@@ -44,10 +44,13 @@ class Faults:
             InputError: none.
         """
         if self.count and not left:
-            raise InputError(
-                f"All {self.what} are faulty, {self.count} in number. {self.first}"
-            )
-        if self.count:
+            many = f", {self.count} in number" if self.count > 1 else ""
+            raise InputError(f"All {self.what} are faulty{many}. {self.first}")
+        if self.count == 1:
+            kinds, _, place = self.what.partition(" of ")
+            kind = " ".join(word.removesuffix("s") for word in kinds.split())
+            _LOG.warning("1 faulty %s of %s is left out: %s", kind, place, self.first)
+        elif self.count:
             _LOG.warning(
                 "%d faulty %s are left out. The first: %s",
                 self.count,

@@ -1,12 +1,14 @@
 """Folders of 2-D images and masks, paired by name.
 
-Three layouts::
+Layouts::
 
     root/images/a.png  root/masks/a.png              the default
     root/train/images/a.png  root/train/masks/a.png  the split's name picks the folder
+    root/images/train/a.png  root/masks/train/a.png  images="images/{split}" and so on
     root/*/images/a.png  root/*/masks/a.png          any other, by glob
 
-`pairs` finds the files, `truth` reads the masks of one image.
+`pairs` finds the files (`places` those of a split), `truth` reads the masks of one
+image.
 """
 
 import functools
@@ -147,7 +149,9 @@ def open(
         images, masks: a folder, or a glob such as ``"*/images/*.png"``, below the root.
             An image and its mask have the same stem, the file's name without the
             ending; with a glob, the same text where its last wildcards are, so that
-            ``masks="masks/*_mask.png"`` pairs ``a_mask.png`` with ``a``.
+            ``masks="masks/*_mask.png"`` pairs ``a_mask.png`` with ``a``. ``{split}``
+            stands for the split's name, as in ``"images/{split}"`` and
+            ``"masks/{split}"``; masks without it are those of all splits.
         mask: what the masks hold (see `masks`): auto, binary, index, instances (> 0 is
             foreground) or colors. auto looks at the masks of all splits, so that they
             agree on the classes. Or how they are kept:
@@ -268,8 +272,8 @@ def _plane_names(paths: Sequence[Path], faults: Faults) -> tuple[str, ...]:
             continue
         return tuple(f"label_{k}" for k in range(1, count + 1))
     raise InputError(
-        f"None of the {len(paths)} masks, such as {paths[0]}, can be read: give "
-        "`label_names` for their planes, or mend them."
+        f"No mask can be read, such as {paths[0]}: give `label_names` for their "
+        "planes, or mend them."
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from unet_jax.data.source import Source, Wrapper
+from unet_jax.data.source import NoInstances, Source, Wrapper
 from unet_jax.types import Example, InputError, NumpyArray, Shape
 
 _LOG = logging.getLogger("unet_jax")
@@ -105,7 +105,8 @@ class Skipping(Wrapper):
     """Puts an example that counts nowhere in the place of one that cannot be read.
 
     It has zeros throughout, of weight 0 too. All others keep their numbers, so that
-    what they are trained in does not depend on which files are damaged.
+    what they are trained in does not depend on which files are damaged. It stands
+    outside of what keeps examples: a file that can be read again counts again.
 
     Args:
         source: examples of one type, number of channels and rank.
@@ -127,7 +128,7 @@ class Skipping(Wrapper):
     def __getitem__(self, i: int, /) -> Example:
         try:
             return self.source[i]
-        except (InputError, OSError, MemoryError) as error:
+        except (InputError, OSError) as error:
             self._note(i, error)
         size = self.size(i)
         return {
@@ -150,11 +151,12 @@ class Skipping(Wrapper):
         return self._sizes[i]
 
     def instances(self, i: int, /) -> NumpyArray:
-        if i not in self.skipped:
-            try:
-                return super().instances(i)
-            except (InputError, OSError) as error:
-                self._note(i, error)
+        try:
+            return super().instances(i)
+        except NoInstances:  # of a sound example that only has classes
+            raise
+        except (InputError, OSError) as error:
+            self._note(i, error)
         return np.zeros(self.size(i), np.int32)
 
     def _note(self, i: int, error: Exception) -> None:

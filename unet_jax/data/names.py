@@ -4,6 +4,7 @@ The key is the file's name without the ending, or what the wildcards of a glob s
 for: what an image and its mask have in common.
 """
 
+import fnmatch
 import functools
 import glob
 import os
@@ -43,14 +44,15 @@ def by_key(
     place, option = base / pattern, option or f"{what}s"
     ends = tuple(suffixes)
     # Names are sorted as text, ten times as fast as paths are: there may be many.
-    if place.is_dir():
+    # Unlike pathlib's, these do not fail on a name that is too long.
+    if os.path.isdir(place):
         base, keys = place, {}
         with formats.readable(str(place)), os.scandir(place) as entries:
             for entry in entries:
                 name = entry.name
                 if _ends(name, ends) and name[0] != "." and _file(entry.path):
                     keys[name] = _stem(name, suffixes)
-    elif place.is_file():
+    elif os.path.isfile(place):
         keys = {pattern: _stem(place.name, suffixes)} if _ends(pattern, ends) else {}
     elif glob.has_magic(pattern):
         found = glob.glob(pattern, root_dir=base, recursive=True)
@@ -92,8 +94,8 @@ def _wild(name: str, pattern: str) -> str:
     """What the wildcards of the pattern's last part that has any stand for."""
     names, parts = Path(name).parts, Path(pattern).parts
     for found, part in zip(reversed(names), reversed(parts), strict=False):
-        if glob.has_magic(part):
-            return "".join(_stands_for(found, part))
+        if varies(part):
+            return "".join(stands_for(found, part))
     return name
 
 
@@ -103,14 +105,22 @@ def first_wild(name: str, pattern: str) -> str:
     Without the last of several in a file's name, which tells the files of one image.
     """
     parts = Path(pattern).parts
-    at = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    found = _stands_for(Path(name).parts[at], parts[at])
+    at = next((i for i, part in enumerate(parts) if varies(part)), None)
+    if at is None:
+        return name
+    found = stands_for(Path(name).parts[at], parts[at])
     if at == len(parts) - 1 and len(found) > 1:
         found = found[:-1]
     return "".join(found)
 
 
-def _stands_for(found: str, part: str) -> tuple[str, ...]:
+def varies(part: str) -> bool:
+    """Whether one part of a glob has a wildcard that stands for more than one text."""
+    return _rule(part).groups > 0
+
+
+def stands_for(found: str, part: str) -> tuple[str, ...]:
+    """What each wildcard of one part of a glob stands for in a name; else the name."""
     match = _rule(part).fullmatch(found)
     return match.groups() if match else (found,)
 
@@ -118,17 +128,20 @@ def _stands_for(found: str, part: str) -> tuple[str, ...]:
 @functools.lru_cache
 def _rule(part: str) -> re.Pattern[str]:
     """One part of a glob as a regular expression with a group for each wildcard."""
-    pieces = re.split(r"(\*+|\?|\[[^\]]*\])", part)
+    pieces = re.split(r"(\*+|\?|\[!?\]?[^\]]*\])", part)
     rule = "".join(
-        f"({_wildcard(p)})" if i % 2 else re.escape(p) for i, p in enumerate(pieces)
+        _wildcard(p) if i % 2 else re.escape(p) for i, p in enumerate(pieces)
     )
     return re.compile(rule, re.DOTALL)
 
 
 def _wildcard(piece: str) -> str:
-    if piece[0] == "*":
-        return ".*"
-    return "." if piece == "?" else piece.replace("[!", "[^")
+    # A set of one character is how a glob writes that character: [[] or [*].
+    if len(piece) == 3 and piece[0] == "[" and piece[1] != "!":
+        return re.escape(piece[1])
+    # A set may hold what means something else in a regular expression, or nothing.
+    whole = fnmatch.translate(piece).removeprefix("(?s:")
+    return f"({whole.rpartition(')')[0]})"
 
 
 def _ends(name: str, ends: tuple[str, ...]) -> bool:
@@ -144,7 +157,7 @@ def exists(base: Path, pattern: str) -> bool:
     """Whether there is anything that a pattern below the base means."""
     if glob.has_magic(pattern):
         return any(True for _ in glob.iglob(pattern, root_dir=base, recursive=True))
-    return (base / pattern).exists()
+    return os.path.exists(base / pattern)
 
 
 def nothing(

@@ -41,7 +41,7 @@ from unet_jax.data.stacks import (
     read_mask,
     read_volume,
     resample_to,
-    resampled_shape,
+    shape_at,
     volume_size,
 )
 from unet_jax.types import Example, InputError, NumpyArray, Shape, size_text
@@ -113,7 +113,9 @@ class NnUNet:
         if image not in self._shapes:
             shape, geometry = _header(image, self.flat)
             if self.spacing:
-                shape = _resampled(image, shape, geometry, self.spacing)
+                shape = shape_at(
+                    image, shape, geometry, self.spacing, option="data.nnunet.spacing"
+                )
             self._shapes[image] = shape
         shape = self._shapes[image]
         return shape if page is None else shape[1:]
@@ -300,7 +302,7 @@ def _compare(case: Case, flat: bool, spacing: tuple[float, ...]) -> tuple[Shape,
     first = case.images[0]
     shape, geometry = _header(first, flat)
     if spacing:
-        _resampled(first, shape, geometry, spacing)
+        shape_at(first, shape, geometry, spacing, option="data.nnunet.spacing")
     for other in case.images[1:]:
         other_shape, other_geometry = _header(other, flat)
         _same_channels(first, shape, other, other_shape)
@@ -331,14 +333,3 @@ def _same_channels(one: Path, shape: Shape, other: Path, other_shape: Shape) -> 
             f"{one} has the size {size_text(shape)}, but the channel {other} "
             f"{size_text(other_shape)}: resample the channels of a case to one grid."
         )
-
-
-def _resampled(
-    path: Path, shape: Shape, geometry: Geometry | None, spacing: tuple[float, ...]
-) -> Shape:
-    if geometry is None or min(geometry.spacing) <= 0:
-        raise InputError(
-            f"{path} does not say its voxel size, which data.nnunet.spacing needs: "
-            "leave it out, or save the volumes as NIfTI."
-        )
-    return resampled_shape(shape, geometry.spacing, spacing)

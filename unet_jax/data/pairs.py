@@ -14,15 +14,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from unet_jax.data import formats, trust
+from unet_jax.data import places, trust
 from unet_jax.data.faults import Faults
-from unet_jax.data.names import by_key, exists, first_wild, nothing
+from unet_jax.data.names import by_key, first_wild, nothing
+from unet_jax.data.places import SPLIT, WHOLE, Place
 from unet_jax.types import InputError, Shape, size_text
 
-_LOG = logging.getLogger("unet_jax")
+__all__ = [
+    "WHOLE",
+    "Entry",
+    "Pair",
+    "find_labels",
+    "find_objects",
+    "find_pairs",
+    "passing",
+    "relative",
+    "same_size",
+]
 
-# What the one list of a root without split folders may be called.
-WHOLE = ("all", "train")
+_LOG = logging.getLogger("unet_jax")
 
 T = TypeVar("T")
 
@@ -51,7 +61,7 @@ def find_pairs(
     faults: Faults | None = None,
     links: bool = False,
 ) -> tuple[list[Pair], list[Path]]:
-    """The pairs of one split, and the masks of all splits that are folders of the root.
+    """The pairs of one split, and the masks of all splits (`places`).
 
     Args:
         root: the folder everything is under.
@@ -68,19 +78,19 @@ def find_pairs(
         InputError: see `folder.open`.
     """
     faults = faults or Faults("stop", f"images of {root}")
-    base, others = _bases(root, name, images)
-    pairs = _pairs(base, images, masks, suffixes, faults)
-    _check_links(base, images, (pair.image for pair in pairs), root, links)
-    _check_links(base, masks, (pair.mask for pair in pairs), root, links)
+    own, others = places.find(root, name, images, [masks])
+    pairs = _pairs(own, images, masks, suffixes, faults)
+    _check_links(own, images, (pair.image for pair in pairs), root, links)
+    _check_links(own, masks, (pair.mask for pair in pairs), root, links)
     every = [pair.mask for pair in pairs]
-    for other in others:
+    for other in [own] if _shared(images, masks) else others:
         # Another split's faults are that split's to report.
         with contextlib.suppress(InputError):
-            ours = Faults("skip", f"masks of {other}")
-            files = by_key(other, masks, suffixes, "mask", ours).values()
+            ours = Faults("skip", f"masks of {other.name}")
+            files = by_key(other.base, other.of(masks), suffixes, "mask", ours).values()
             _check_links(other, masks, files, root, links)
             every += files
-    return pairs, every
+    return pairs, list(dict.fromkeys(every))
 
 
 def find_objects(
@@ -110,8 +120,10 @@ def find_objects(
     Raises:
         InputError: see `folder.open`.
     """
-    base, _ = _bases(root, name, images)
-    pattern = masks if glob.has_magic(masks) else f"{masks.rstrip('/')}/*/*"
+    own, _ = places.find(root, name, images, [masks])
+    base, pattern = own.base, own.of(masks)
+    if not glob.has_magic(pattern):
+        pattern = f"{pattern.rstrip('/')}/*/*"
     if "**" in pattern:
         raise InputError(
             f"masks={masks!r} does not say which folder is an image's: write one * for "
@@ -132,17 +144,18 @@ def find_objects(
                 of_image[first_wild(place, pattern)] = []
     for file in sorted(files):
         of_image.setdefault(first_wild(file, pattern), []).append(base / file)
-    found = by_key(base, images, suffixes, "image", faults)
+    found = by_key(base, own.of(images), suffixes, "image", faults)
     taken = {path for paths in of_image.values() for path in paths}
     found = {key: path for key, path in found.items() if path not in taken}
     remedy = f"put one file for each object in {base / pattern} where the first * is "
     remedy += "the image's stem"
     keys = _with_masks(found, of_image.keys(), remedy, faults)
-    _warn_spare({key: paths[0] for key, paths in of_image.items() if paths}, found)
+    if not _shared(images, masks):
+        _warn_spare({key: paths[0] for key, paths in of_image.items() if paths}, found)
     entries = [Entry(found[key], tuple(of_image[key])) for key in keys]
-    _check_links(base, images, (entry.image for entry in entries), root, links)
+    _check_links(own, images, (entry.image for entry in entries), root, links)
     every = (path for key in keys for path in of_image[key])
-    _check_links(base, pattern, every, root, links)
+    _check_links(own, pattern, every, root, links)
     return entries
 
 
@@ -168,30 +181,34 @@ def find_labels(
     Raises:
         InputError: see `folder.open`.
     """
-    base, _ = _bases(root, name, images)
+    own, _ = places.find(root, name, images, label_masks.values())
+    base = own.base
     of_label = {
-        label: by_key(base, pattern, suffixes, "mask", faults, "label_masks")
+        label: by_key(base, own.of(pattern), suffixes, "mask", faults, "label_masks")
         for label, pattern in label_masks.items()
     }
-    found = by_key(base, images, suffixes, "image", faults)
+    found = by_key(base, own.of(images), suffixes, "image", faults)
     taken = {path for files in of_label.values() for path in files.values()}
     found = {key: path for key, path in found.items() if path not in taken}
     some: dict[str, Path] = {}
-    for files in of_label.values():
+    spare: dict[str, Path] = {}
+    for label, files in of_label.items():
         some = files | some
-    places = ", ".join(str(base / pattern) for pattern in label_masks.values())
-    remedy = f"add a file of the same stem in one of {places}, or take the image away"
+        if not _shared(images, label_masks[label]):
+            spare = files | spare
+    where = ", ".join(str(base / own.of(p)) for p in label_masks.values())
+    remedy = f"add a file of the same stem in one of {where}, or take the image away"
     keys = _with_masks(found, some.keys(), remedy, faults)
-    _warn_spare(some, found)
+    _warn_spare(spare, found)
     entries = [
         Entry(found[key], tuple(files.get(key) for files in of_label.values()))
         for key in keys
     ]
-    _check_links(base, images, (entry.image for entry in entries), root, links)
+    _check_links(own, images, (entry.image for entry in entries), root, links)
     for label, pattern in label_masks.items():
         files = of_label[label]
         used = (files[key] for key in keys if key in files)
-        _check_links(base, pattern, used, root, links)
+        _check_links(own, pattern, used, root, links)
     return entries
 
 
@@ -237,65 +254,50 @@ def relative(path: Path, root: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _bases(root: Path, name: str, images: str) -> tuple[Path, list[Path]]:
-    """(the folder that patterns of a split begin in, those of the other splits)."""
-    if not root.is_dir():
-        raise InputError(f"The folder {root} does not exist: check `data.root`.")
-
-    def parts() -> list[Path]:
-        with formats.readable(str(root)):
-            folders = sorted(path for path in root.iterdir() if path.is_dir())
-        return [path for path in folders if exists(path, images)]
-
-    own = root / name
-    if name not in (".", "..") and own.is_dir() and exists(own, images):
-        return own, [part for part in parts() if part != own]
-    # Not before it is needed: a root may hold a folder for each of very many images.
-    found = [] if exists(root, images) else parts()
-    if found:
-        have = ", ".join(part.name for part in found)
-        raise InputError(
-            f"{root} has no split {name!r}: name one of its folders, {have}, perhaps "
-            f"with a part such as {found[0].name}[:80%]."
-        )
-    if name not in WHOLE:
-        raise InputError(
-            f"{root} has no folder {name!r} to be that split: name a part of its one"
-            " list, such as train[:80%] and train[80%:], or all[-20:]."
-        )
-    return root, []
+def _shared(images: str, masks: str) -> bool:
+    """Whether the masks of all splits are in one place, so that some are of others."""
+    return SPLIT in images and SPLIT not in masks
 
 
 def _pairs(
-    base: Path, images: str, masks: str, suffixes: Sequence[str], faults: Faults
+    place: Place, images: str, masks: str, suffixes: Sequence[str], faults: Faults
 ) -> list[Pair]:
-    mask_files = by_key(base, masks, suffixes, "mask", faults)
-    image_files = by_key(base, images, suffixes, "image", faults)
+    base = place.base
+    image_place, mask_place = base / place.of(images), base / place.of(masks)
+    mask_files = by_key(base, place.of(masks), suffixes, "mask", faults)
+    image_files = by_key(base, place.of(images), suffixes, "image", faults)
     # One folder may hold both, told apart by globs of which one matches all.
-    if images != masks:
+    if image_place != mask_place:
         taken = set(mask_files.values())
         image_files = {k: p for k, p in image_files.items() if p not in taken}
-    if (base / images).is_file() and (base / masks).is_file():
-        return [Pair(base / images, base / masks)]
+    if os.path.isfile(image_place) and os.path.isfile(mask_place):
+        return [Pair(image_place, mask_place)]
     if not image_files:
-        raise nothing(base / images, base, suffixes, "image")
-    remedy = _remedy(image_files, mask_files, base / masks)
+        raise nothing(image_place, base, suffixes, "image")
+    remedy = _remedy(image_files, mask_files, mask_place, masks)
     keys = _with_masks(image_files, mask_files.keys(), remedy, faults)
-    _warn_spare(mask_files, image_files)
+    if not _shared(images, masks):
+        _warn_spare(mask_files, image_files)
     return [Pair(image_files[key], mask_files[key]) for key in keys]
 
 
-def _remedy(images: Mapping[str, Path], masks: Mapping[str, Path], place: Path) -> str:
+def _remedy(
+    images: Mapping[str, Path], masks: Mapping[str, Path], place: Path, given: str
+) -> str:
     """What to do about the first image without a mask, from what masks are called."""
     key = min(images.keys() - masks.keys(), default="")
-    near = next((mask for mask in sorted(masks) if mask.startswith(key)), None)
-    if near is None:
+    # Of 1_mask and 10_mask the shorter is that of the image 1.
+    spare = (mask for mask in masks.keys() - images.keys() if mask.startswith(key))
+    near = min(spare, key=lambda mask: (len(mask), mask), default=None)
+    name = "" if near is None else masks[near].name
+    if near is None or near not in name:
         return f"add a file of the same stem in {place}, or take the image away"
-    pattern = "*" + masks[near].name[len(key) :]
-    return (
-        f"if {masks[near].name} is it, set `masks` to a glob such as "
-        f"'{place.name}/{pattern}'"
-    )
+    before, _, after = name.partition(near)
+    parts = (before, near[len(key) :] + after)
+    folder = given.rstrip("/") if os.path.isdir(place) else os.path.dirname(given)
+    folder = glob.escape(folder) if os.path.exists(place) else folder
+    pattern = os.path.join(folder, "*".join(map(glob.escape, parts)))
+    return f"if {name} is it, set `masks` to a glob such as {pattern!r}"
 
 
 def _with_masks(
@@ -318,7 +320,9 @@ def _with_masks(
 
 def _warn_spare(masks: Mapping[str, Path], images: Mapping[str, Path]) -> None:
     spare = sorted(masks.keys() - images.keys())
-    if spare:
+    if len(spare) == 1:
+        _LOG.warning("1 mask has no image and is left out: %s", masks[spare[0]])
+    elif spare:
         _LOG.warning(
             "%d masks have no image and are left out, such as %s",
             len(spare),
@@ -327,12 +331,13 @@ def _warn_spare(masks: Mapping[str, Path], images: Mapping[str, Path]) -> None:
 
 
 def _check_links(
-    base: Path, pattern: str, paths: Iterable[Path], root: Path, links: bool
+    place: Place, pattern: str, paths: Iterable[Path], root: Path, links: bool
 ) -> None:
     """Refuses links that lead out of the root, or of the place that a pattern names."""
+    pattern = place.of(pattern)
     parts = Path(pattern).parts
     if os.path.isabs(pattern) or ".." in parts:
         # Written by the user, and not by whoever made the files.
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1])
-        root = base.joinpath(*plain)
+        root = place.base.joinpath(*plain)
     trust.check_links(root, paths, links=links)

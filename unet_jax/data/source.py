@@ -4,10 +4,10 @@ A source is a random-access list of examples. It knows nothing about batches, cr
 epochs, valid padding or the task: ``plan`` and ``batches`` do that for all of them.
 ``data.build`` stacks the wrappers in this order::
 
-    Labelled(Cached(Standardised(Bordered(Resized(Checked(source))))))
+    Labelled(Skipping(Cached(Standardised(Bordered(Resized(Checked(source)))))))
 
-of which `border.Bordered` and `Resized` are there if they are asked for, and the first
-of them around the training part only.
+of which `keeping.Skipping`, `border.Bordered` and `Resized` are there if they are asked
+for, the border around the training part only. `keeping.Mapped` may stand for `Cached`.
 """
 
 import threading
@@ -79,8 +79,9 @@ def instances(source: Source, i: int) -> NumpyArray:
     own = getattr(source, "instances", None)
     if own is None:
         raise NoInstances(
-            f"{source.name(i)} comes with classes and without numbers of objects: give "
-            "masks with one number an object (data.folder.mask=instances)."
+            f"{source.name(i)} comes with classes and without numbers of objects: save "
+            "masks with one number for each object, for a source that reads these "
+            "(folder and volumes with mask=instances, ctc)."
         )
     return own(i)
 

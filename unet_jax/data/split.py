@@ -74,16 +74,17 @@ def parse(split: str) -> tuple[str, Select]:
         else:
             start = 0 if begin is None else _position(begin, count)
             stop = count if end is None else _position(end, count)
+        held = "1 example" if count == 1 else f"{count} examples"
         if not 0 <= start <= count or not 0 <= stop <= count:
             raise InputError(
-                f"The split {split!r} reaches outside the {count} examples of "
-                f"{name!r}: choose bounds between 0 and {count}."
+                f"The split {split!r} reaches outside the {held} of {name!r}: choose "
+                f"bounds between 0 and {count}."
             )
         rest = [*range(start), *range(stop, count)]
         if start >= stop or (others and not rest):
             raise InputError(
-                f"The split {split!r} of the {count} examples of {name!r} is empty: "
-                "choose a larger part, or add examples."
+                f"The split {split!r} of the {held} of {name!r} is empty: choose a "
+                "larger part, or add examples."
             )
         return rest if others else slice(start, stop)
 

@@ -6,6 +6,7 @@ common orientation, so that a prediction lies on the voxels of its image.
 """
 
 import dataclasses
+import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,6 +140,37 @@ def resampled_shape(
     """The spatial shape that covers the same extent with voxels of another size."""
     triples = zip(shape, from_spacing, to_spacing, strict=True)
     return tuple(max(1, round(n * old / new)) for n, old, new in triples)
+
+
+def shape_at(
+    path: Path,
+    shape: Shape,
+    geometry: Geometry | None,
+    spacing: Sequence[float],
+    *,
+    option: str,
+) -> Shape:
+    """The shape of a file's volume when it is resampled to a voxel size.
+
+    Args:
+        path: the file, for messages.
+        shape: of it, (D, H, W).
+        geometry: of it.
+        spacing: the voxel size asked for.
+        option: the name of that, for messages.
+
+    Raises:
+        InputError: the file does not say its voxel size, or the result is more than
+            this machine can hold.
+    """
+    if geometry is None or not all(0 < size < math.inf for size in geometry.spacing):
+        raise InputError(
+            f"{path} does not say its voxel size, which the option {option} needs: "
+            f"leave {option} out, or save the volume as NIfTI."
+        )
+    found = resampled_shape(shape, geometry.spacing, spacing)
+    trust.check_bytes(found, 4, f"{path}, resampled by {option} = {tuple(spacing)},")
+    return found
 
 
 def resample(

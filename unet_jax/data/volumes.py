@@ -23,6 +23,7 @@ from unet_jax.data.stacks import (
     resample,
     resample_to,
     resampled_shape,
+    shape_at,
     volume_size,
     write_volume,
 )
@@ -103,7 +104,13 @@ class Volumes:
         if pair.image not in self._shapes:
             shape, geometry = volume_size(pair.image)
             if self.spacing:
-                shape = _resampled(pair.image, shape, geometry, self.spacing)
+                shape = shape_at(
+                    pair.image,
+                    shape,
+                    geometry,
+                    self.spacing,
+                    option="data.volumes.spacing",
+                )
             self._shapes[pair.image] = shape
         shape = self._shapes[pair.image]
         return shape if page is None else shape[1:]
@@ -138,7 +145,8 @@ def open(
         split: a name, and if wanted a part of the list (`split.parse`) of
             volumes sorted by stem, or of all their slices in that order. As in
             `folder`, the split's name picks ``root/<name>/`` where that is a folder.
-        images, masks: one file each, or a folder or a glob each, paired by stem.
+        images, masks: one file each, or a folder or a glob each, paired by stem;
+            ``{split}`` in them stands for the split's name, as for `folder.open`.
         slices: each index of the first array axis is one 2-D example (a page of a
             TIFF stack); otherwise each file is one 3-D example.
         mask, colors, label_names, ignore: as for `folder.open`.
@@ -211,7 +219,7 @@ def _shape(pair: Pair, spacing: tuple[float, ...]) -> Shape:
     mask_shape, mask_geometry = volume_size(pair.mask)
     same_size(pair, shape, mask_shape)
     if spacing:
-        _resampled(pair.image, shape, geometry, spacing)
+        shape_at(pair.image, shape, geometry, spacing, option="data.volumes.spacing")
     if geometry is not None and mask_geometry is not None:
         # A tenth of a voxel: headers are written with few digits.
         near = 0.1 * min(geometry.spacing)
@@ -223,14 +231,3 @@ def _shape(pair: Pair, spacing: tuple[float, ...]) -> Shape:
                 pair.mask,
             )
     return shape
-
-
-def _resampled(
-    path: Path, shape: Shape, geometry: Geometry | None, spacing: tuple[float, ...]
-) -> Shape:
-    if geometry is None or min(geometry.spacing) <= 0:
-        raise InputError(
-            f"{path} does not say its voxel size, which the option `spacing` needs: "
-            "leave `spacing` out, or save the volume as NIfTI."
-        )
-    return resampled_shape(shape, geometry.spacing, spacing)

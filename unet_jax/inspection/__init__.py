@@ -3,8 +3,8 @@
 `inspect` finds the layout of a folder, looks at every file, says what is odd, and which
 lines of a config the data asks for. In this order::
 
-    layouts (words, globs, folders) -> listing -> masks, values -> examples -> findings
-    -> settings, sheet, report
+    layouts (words, globs, templates, folders) -> listing -> masks, values -> examples
+    -> findings -> settings, sheet, report
 """
 
 import dataclasses
@@ -64,7 +64,9 @@ class Inspection:
         alike = len({(look.dtype, len(look.size)) for look in read}) == 1
         whole = {look.part for look in read} == set(examples.PARTS)
         clear = self.kind is None or not self.kind.problem
-        return alike and whole and clear and not self.opened.errors
+        first = 0 if self.planes else 1  # label, or class that is no background
+        shown = any(any(look.counts[first:]) for look in read)
+        return alike and whole and clear and shown and not self.opened.errors
 
 
 def inspect(
@@ -118,6 +120,8 @@ def inspect(
     faulty = {look.name for look in seen if look.error or look.size != look.image_size}
     told = faulty | {look.name for look in seen if look.alpha}
     found += findings.of_examples(looks, names, planes=planes, known=told)
+    total = max(count, len(files.pairs) if files else 0)
+    found += findings.of_limit(layout, max(len(looks), len(seen)), total)
     lone = files is not None and (files.bare or files.twice)
     bad = bool(faulty or lone or any(look.error for look in looks))
     trained = len(opened.sources.get("train", ()))
@@ -135,7 +139,7 @@ def inspect(
         planes,
         tuple(sorted(found, key=lambda f: order[f.level])),
         lines,
-        max(count, len(files.pairs) if files else 0),
+        total,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from unet_jax.data import FILES
 from unet_jax.inspection.examples import Look
 from unet_jax.inspection.layout import Layout
 from unet_jax.inspection.listing import Listing
@@ -255,7 +256,7 @@ def _labels(
     if len(looks) >= 2:
         found_of = zip(label_names, shares(looks), strict=False)
         absent = [name for name, share in found_of if not share]
-        if absent and len(absent) < len(label_names):
+        if absent and len(absent) < len(label_names) and len(empty) < len(looks):
             found.append(
                 Finding(
                     "warning",
@@ -296,6 +297,21 @@ def of_layout(
         *(Finding("note", text) for text in layout.notes),
         *(Finding("error", text) for text in errors),
         *(Finding("note", _sentence(text)) for text in said),
+    ]
+
+
+def of_limit(layout: Layout, looked: int, total: int) -> list[Finding]:
+    """What is not known where there was a limit on what is looked at."""
+    if looked >= total or layout.source not in FILES:
+        return []
+    left = total - looked
+    some = "1 example was" if left == 1 else f"{left} examples were"
+    return [
+        Finding(
+            "note",
+            f"{some} not looked at: a file at fault among them will still stop a run,"
+            " unless data.on_error=skip counts it out.",
+        )
     ]
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from unet_jax.data.places import SPLIT
 from unet_jax.inspection.globs import Globs, ending_of, layout_of, matched
 from unet_jax.inspection.layout import (
     EVALUATION,
@@ -17,6 +18,7 @@ from unet_jax.inspection.layout import (
     folders_in,
     stem_of,
 )
+from unet_jax.inspection.templates import joined
 from unet_jax.inspection.words import role
 
 
@@ -26,11 +28,15 @@ def two_folders(root: Path) -> Layout | None:
     above = {r.split: p for r, p in parts if r.split and not r.what and r.exact}
     found = {split: _inside(place, "") for split, place in above.items()}
     if (first := found.get("train")) is not None:
+        if SPLIT in first.images:
+            return layout_of(above["train"], first)
         return _with_splits(root, above, found, first, "one folder a split")
-    for split in ("", "train"):
-        if (globs := _inside(root, split)) is not None:
-            held = tuple(sorted({r.split for r, _ in parts if r.what} - {"", "train"}))
-            return layout_of(root, globs, notes=_beside(held) if split else ())
+    if (globs := _inside(root, "")) is not None:
+        return layout_of(root, globs)
+    if (globs := _inside(root, "train")) is not None:
+        held = {r.split for r, _ in parts if r.what} - {"", "train"}
+        others = {split: _inside(root, split) for split in held}
+        return layout_of(root, joined(globs, others))
     return None
 
 
@@ -107,34 +113,58 @@ def _inside(base: Path, split: str) -> Globs | None:
     }
     # Kept under one name, the wanted folder may be that of the classes or of another
     # truth: the one with most pairs.
-    found = [_paired(base, i, m) for i in sides["image"] for m in sides["mask"]]
+    found = [
+        _paired(i, m, i.name, m.name) for i in sides["image"] for m in sides["mask"]
+    ]
     return max((g for g in found if g), key=lambda g: g.pairs, default=None)
 
 
-def _paired(base: Path, images: Path, masks: Path) -> Globs | None:
-    """How the files of two folders belong together."""
+def _paired(images: Path, masks: Path, left: str, right: str) -> Globs | None:
+    """How the files of two folders, called ``left`` and ``right``, belong together."""
     flat, under = files_in(images), folders_in(masks)
-    globs = matched(flat, files_in(masks), images.name, masks.name)
+    globs = matched(flat, files_in(masks), left, right)
     if globs is not None:
         return globs
     stems = {stem_of(p.name) for p in flat}
     if flat and under:
-        return _folders_of_masks(flat, stems, images.name, masks.name, under)
+        return _folders_of_masks(flat, stems, left, right, under)
     # The same folders below both: splits, patients, places.
-    names = {p.name for p in folders_in(images)} & {p.name for p in under}
+    held = {p.name for p in folders_in(images)}
+    names = held & {p.name for p in under}
+    if not flat and not names:
+        return _one_place_of_masks(images, masks, left, right)
     split = next((n for n in sorted(names) if role(n).split == "train"), None)
     if split is not None:
-        globs = matched(
-            files_in(images / split),
-            files_in(masks / split),
-            f"{images.name}/{split}",
-            f"{masks.name}/{split}",
-        )
-        held = sorted({role(name).split for name in names} - {"train", ""})
-        return globs and dataclasses.replace(globs, notes=_beside(held))
-    left = [p for n in sorted(names) for p in files_in(images / n)]
-    right = [p for n in sorted(names) for p in files_in(masks / n)]
-    return matched(left, right, f"{images.name}/*", f"{masks.name}/*")
+        parts = {role(n).split: n for n in sorted(held, reverse=True)}
+        found = {
+            part: _paired(images / n, masks / n, f"{left}/{n}", f"{right}/{n}")
+            for part, n in {**parts, "train": split}.items()
+            if part and (masks / n).is_dir()
+        }
+        first = found.pop("train")
+        others = {part: found.get(part) for part in parts if part not in ("", "train")}
+        return first and joined(first, others)
+    shared = sorted(names)
+    flat = [p for n in shared for p in files_in(images / n)]
+    inner = [p for n in shared for p in files_in(masks / n)]
+    return matched(flat, inner, f"{left}/*", f"{right}/*")
+
+
+def _one_place_of_masks(
+    images: Path, masks: Path, left: str, right: str
+) -> Globs | None:
+    """A folder of images for each split, and one of the masks of all of them."""
+    parts = {r.split: p for p in folders_in(images) if (r := role(p.name)).split}
+    stems = [{stem_of(f.name) for f in files_in(p)} for p in parts.values()]
+    # Of images of one name in two splits, no mask says whose it is.
+    if "train" not in parts or sum(map(len, stems)) > len(set().union(*stems)):
+        return None
+    found = {
+        split: _paired(place, masks, f"{left}/{place.name}", right)
+        for split, place in parts.items()
+    }
+    first = found.pop("train")
+    return first and joined(first, found)
 
 
 def _folders_of_masks(
@@ -245,15 +275,3 @@ def _side_by_side(base: Path) -> Globs | None:
 
 def _train_first(place: Path) -> tuple[bool, str]:
     return role(place.name).split != "train", place.name
-
-
-def _beside(held: Sequence[str]) -> tuple[str, ...]:
-    """What to say of splits that lie where one option cannot name both."""
-    if not held:
-        return ()
-    return (
-        f"The folders of the split {' and '.join(held)} are left alone, because one"
-        " option names the folders of training and of evaluation: put each split into"
-        " a folder of its own (train/images, train/masks, val/images, val/masks) to"
-        " evaluate on them.",
-    )

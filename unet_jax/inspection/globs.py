@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from unet_jax.data import stacks
+from unet_jax.data import formats, stacks
 from unet_jax.inspection.layout import EVALUATION, TRAIN, Layout, stem_of, suffix_of
 from unet_jax.inspection.words import match
 from unet_jax.types import InputError
@@ -16,7 +14,10 @@ from unet_jax.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Globs:
-    """Where the images and the masks below a folder are, as options of a source."""
+    """Where the images and the masks below a folder are, as options of a source.
+
+    ``splits``: of patterns with ``{split}``, for training and for evaluation.
+    """
 
     images: str
     masks: str
@@ -25,6 +26,7 @@ class Globs:
     # A pair of files, by which the source is chosen.
     example: tuple[Path, Path] | None = None
     notes: tuple[str, ...] = ()
+    splits: tuple[str, str] = (TRAIN, EVALUATION)
 
 
 def matched(
@@ -70,8 +72,8 @@ def layout_of(
     root: Path,
     globs: Globs,
     *,
-    train: str = TRAIN,
-    evaluation: str = EVALUATION,
+    train: str = "",
+    evaluation: str = "",
     why: str = "",
     notes: Sequence[str] = (),
 ) -> Layout:
@@ -80,7 +82,7 @@ def layout_of(
     Args:
         root: what the globs are below.
         globs: with an example, which tells the source.
-        train, evaluation: splits.
+        train, evaluation: splits; "": those of the globs.
         why: what it was recognised by.
         notes: sentences to go with it.
 
@@ -105,8 +107,8 @@ def layout_of(
         source,
         root,
         options,
-        train,
-        evaluation,
+        train or globs.splits[0],
+        evaluation or globs.splits[1],
         why or "a folder of images and one of masks",
         (*globs.notes, *notes),
     )
@@ -126,13 +128,13 @@ def source_of(image: Path, mask: Path) -> tuple[str, dict[str, Any]]:
             if pages > 1 and stacks.volume_size(mask)[0][0] == pages:
                 return "volumes", {"slices": True}
         if suffix == ".npy" and suffix_of(mask.name) == ".npy":
-            shapes = [
-                np.load(p, mmap_mode="r", allow_pickle=False).shape
-                for p in (image, mask)
-            ]
+            shapes = []
+            for path in (image, mask):
+                with formats.readable(str(path)):
+                    shapes.append(formats.npy_header(path)[0])
             if len(shapes[1]) == 3 and shapes[0][:3] == shapes[1]:
                 return "volumes", {"slices": False}
-    except (InputError, ValueError, OSError, EOFError):
+    except InputError:
         pass
     return "folder", {}
 

@@ -1,5 +1,6 @@
 """Which layout a folder has: a table of rules, the first that fits."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,10 @@ def find(root: Path) -> Layout:
     Raises:
         InputError: no folder, or none of the layouts; it says what was found.
     """
-    root = root.expanduser()
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
+    # Unlike pathlib's, these do not fail on a name that is too long, nor on ~nobody.
+    root = Path(os.path.expanduser(root))
+    if not os.path.isdir(root):
+        what = "is a file" if os.path.exists(root) else "does not exist"
         raise InputError(f"{root} {what}: give the folder of a data set.")
     root = root.resolve()
     with listable():
@@ -69,7 +71,7 @@ def of_config(data: Mapping[str, Any], name: str) -> tuple[Layout, bool]:
     root = data.get("root") or None
     if root is None and source in FILES:
         raise InputError(f"{name} names no folder: give --config.data.root=DIR.")
-    path = None if root is None or source == "cells" else Path(root).expanduser()
+    path = None if root is None or source == "cells" else Path(os.path.expanduser(root))
     layout = Layout(
         source,
         path,
@@ -112,17 +114,20 @@ def _coco(root: Path) -> Layout | None:
     if not files:
         return None
     splits: dict[str, str] = {}
-    for path in files:
-        split = role(path.stem).split or role(path.parent.name).split
+    # Of the lists of several years the last: a later split may mix the earlier parts.
+    for path in reversed(files):
+        # What the root is called says nothing of one of its files.
+        above = "" if path.parent == root else path.parent.name
+        split = role(path.stem).split or role(above).split
         name = path.parent.name if path.name.startswith("_annotations") else None
         word = next((w for w in words(path.stem) if role(w).split), split)
         splits.setdefault(split, name or word)
     why = f"the COCO annotations {files[0].relative_to(root)}"
-    if "train" in splits:
-        other = splits.get("val") or splits.get("test")
-        if other:
-            return Layout("coco", root, {}, splits["train"], other, why)
-        name = splits["train"]
+    named = [splits[split] for split in ("train", "val", "test") if split in splits]
+    if "train" in splits and len(named) > 1:
+        return Layout("coco", root, {}, named[0], named[1], why)
+    if named and ("train" in splits or "" not in splits):
+        name = named[0]
         return Layout("coco", root, {}, f"{name}[:80%]", f"{name}[80%:]", why)
     return Layout("coco", root, {}, why=why)
 

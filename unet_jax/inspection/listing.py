@@ -5,7 +5,7 @@ A source refuses what does not pair; an inspection counts it and goes on.
 
 import dataclasses
 import glob
-import re
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 from unet_jax.data import split as splits
 from unet_jax.data import trust
 from unet_jax.data.folder import relative
+from unet_jax.data.names import exists, stands_for, varies
+from unet_jax.data.places import SPLIT, Place
 from unet_jax.inspection.layout import Layout, files_in, listable, stem_of, suffix_of
 
 # What the sources take where nothing is said.
@@ -68,9 +70,9 @@ def files_of(layout: Layout, *, links: bool = False) -> Listing | None:
     several = options.get("mask") == "objects"
     whole: list[Listing] = []
     with listable():
-        for base in _bases(layout, options["images"]):
-            images = _found(base, options["images"], several)
-            sides = [_found(base, pattern, several) for pattern in patterns]
+        for place in _places(layout, options["images"]):
+            images = _found(place, options["images"], several)
+            sides = [_found(place, pattern, several) for pattern in patterns]
             whole.append(_join(layout.root, images, sides, several))
     listing = Listing(
         *(
@@ -80,30 +82,33 @@ def files_of(layout: Layout, *, links: bool = False) -> Listing | None:
     )
     every = [f for pair in listing.pairs for f in (pair.image, *pair.masks)]
     trust.check_links(layout.root, every, links=links)
-    return listing
+    # Where all splits have their masks in one place, some are of the other part.
+    used = {relative(path, layout.root) for path in every}
+    spare = dict.fromkeys(name for name in listing.spare if name not in used)
+    return dataclasses.replace(listing, spare=tuple(spare))
 
 
-def _bases(layout: Layout, images: str) -> list[Path]:
-    """The split folders of a root, as the sources find them; or the root itself."""
-    assert layout.root is not None
-    names = {splits.parse(part)[0] for part in (layout.train, layout.evaluation)}
-    bases = [layout.root / name for name in sorted(names)]
-    bases = [base for base in bases if base.is_dir() and _exists(base, images)]
-    return bases or [layout.root]
+def _places(layout: Layout, images: str) -> list[Place]:
+    """The places of both splits, as the sources find them; or the root itself."""
+    root = layout.root
+    assert root is not None
+    both = {splits.parse(part)[0] for part in (layout.train, layout.evaluation)}
+    names = sorted(both)
+    if SPLIT in images:
+        return [Place(root, name) for name in names]
+    found = [Place(root / name, name) for name in names]
+    found = [p for p in found if os.path.isdir(p.base) and exists(p.base, images)]
+    return found or [Place(root, names[0])]
 
 
-def _exists(base: Path, pattern: str) -> bool:
-    if glob.has_magic(pattern):
-        return any(True for _ in glob.iglob(pattern, root_dir=base, recursive=True))
-    return (base / pattern).exists()
-
-
-def _found(base: Path, pattern: str, several: bool) -> list[tuple[str, Path]]:
+def _found(where: Place, pattern: str, several: bool) -> list[tuple[str, Path]]:
     """(key, file) for all files of a folder, a file or a glob, sorted by path."""
+    base, pattern = where.base, where.of(pattern)
     place = base / pattern
-    if place.is_dir():
+    # Unlike pathlib's, this does not fail on a name that is too long.
+    if os.path.isdir(place):
         return [(stem_of(p.name), p) for p in files_in(place)]
-    if place.is_file():
+    if os.path.isfile(place):
         return [("", place)]
     names = sorted(glob.glob(pattern, root_dir=base, recursive=True))
     found = [(_wild(name, pattern, first=several), base / name) for name in names]
@@ -118,17 +123,8 @@ def _wild(name: str, pattern: str, *, first: bool) -> str:
     """
     pairs = list(zip(Path(name).parts, Path(pattern).parts, strict=False))
     for found, part in pairs if first else reversed(pairs):
-        if not glob.has_magic(part):
-            continue
-        pieces = re.split(r"(\*+|\?|\[[^\]]*\])", part)
-        rule = "".join(
-            f"({'.*' if p[0] == '*' else '.' if p == '?' else p.replace('[!', '[^')})"
-            if i % 2
-            else re.escape(p)
-            for i, p in enumerate(pieces)
-        )
-        found_in = re.fullmatch(rule, found, re.DOTALL)
-        return "".join(found_in.groups()) if found_in else found
+        if varies(part):
+            return "".join(stands_for(found, part))
     return name
 
 

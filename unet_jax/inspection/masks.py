@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unet_jax.data import images, stacks
+from unet_jax.data import formats, images, stacks
 from unet_jax.inspection.layout import suffix_of
 from unet_jax.inspection.listing import Pair
 from unet_jax.inspection.values import Histogram
@@ -235,7 +235,7 @@ def _in_alpha(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=(*formats.PILLOW, "TIFF")) as picture:
             if "A" not in picture.getbands():
                 return False
             low, high = picture.getchannel("A").getextrema()
@@ -251,7 +251,7 @@ def _has_palette(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=formats.PILLOW) as picture:
             return picture.mode == "P"
     except Exception:  # as above
         return False

@@ -207,7 +207,7 @@ def flags_of(found: Mapping[str, Any]) -> str:
     """The same without a file: each line as a flag of train.py."""
     flags = []
     for key, value in found.items():
-        text = value if isinstance(value, str) else _literal(value).replace('"', "'")
+        text = value if isinstance(value, str) else repr(value)
         flags.append(_quoted(f"--config.{key}={text}"))
     return " \\\n    ".join(["python train.py --workdir=runs/mine", *flags])
 

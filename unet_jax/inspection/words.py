@@ -34,6 +34,8 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "ts"), "test"),
 }
+# Of other numbers there is one for each fold or example: train1, train2.
+YEAR = re.compile(r"(19|20)\d\d$")
 
 
 class Role(NamedTuple):
@@ -49,11 +51,16 @@ class Role(NamedTuple):
     exact: bool
 
 
+def split_of(word: str) -> str:
+    """The split that a word names, also with a year: ``val2017`` -> ``val``; or ""."""
+    return SPLITS.get(YEAR.sub("", word.lower()), "")
+
+
 def role(name: str) -> Role:
     """What the name of a folder, or a file's stem, says of what is in it."""
     found = words(name)
-    split = next((SPLITS[word] for word in found if word in SPLITS), "")
-    rest = [word for word in found if word not in SPLITS]
+    split = next((split_of(word) for word in found if split_of(word)), "")
+    rest = [word for word in found if not split_of(word)]
     joined = "".join(rest)
     for what, known in (("mask", MASK), ("image", IMAGE)):
         if joined in known:

@@ -17,6 +17,7 @@ from unet_jax.evaluation import Evaluation
 from unet_jax.log import replace_file
 from unet_jax.members.roster import Say, best_of, write_json
 from unet_jax.members.team import Team, write
+from unet_jax.types import NumpyArray
 
 
 def conclude(team: Team, workdir: Path, *, say: Say) -> dict[str, float]:
@@ -65,16 +66,23 @@ def out_of_fold(team: Team, workdir: Path, *, say: Say) -> dict[str, float]:
         found[name] = (step, one.evaluate(state))
     meta = team.runs[0].meta
     summarise = partial(metrics.summarise, task=meta.task, label_names=meta.label_names)
-    rows = np.concatenate([own.confusion for _, own in found.values()])
-    loss = np.concatenate([own.loss for _, own in found.values()])
-    counted = loss[~np.isnan(loss)]
-    results = {"loss": float(counted.mean()) if counted.size else math.nan}
-    results |= summarise(rows)
-    intervals = bootstrap.intervals(rows, summarise)
+    rows = np.concatenate([own.confusion[_counts(own)] for _, own in found.values()])
+    loss = np.concatenate([own.loss[_counts(own)] for _, own in found.values()])
+    left_out = sum(len(own.index) for _, own in found.values()) - len(rows)
+    figures = summarise(rows)
+    results = {"loss": float(loss.mean()) if loss.size else math.nan, **figures}
+    intervals = {
+        key: bootstrap.Interval(value, math.nan, math.nan)
+        for key, value in figures.items()
+    }
+    if len(rows) > 1:
+        intervals = bootstrap.intervals(rows, summarise)
     say(_table(found, results, intervals, meta.label_names))
+    if left_out:
+        say(f"left out, because nothing of them counts: {left_out} examples")
     _write_rows(team, workdir, found)
     folds = {
-        name: {"step": step, "examples": len(own.index), **_finite(own.results)}
+        name: {"step": step, "examples": _count(own), **_finite(own.results)}
         for name, (step, own) in found.items()
     }
     ends = {key: [_finite(end) for end in i[1:]] for key, i in intervals.items()}
@@ -83,6 +91,7 @@ def out_of_fold(team: Team, workdir: Path, *, say: Say) -> dict[str, float]:
         {
             "checkpoint": "best",
             "examples": len(rows),
+            "left_out": left_out,
             "results": _finite(results),
             "intervals": ends,
             "folds": folds,
@@ -90,6 +99,15 @@ def out_of_fold(team: Team, workdir: Path, *, say: Say) -> dict[str, float]:
     )
     write(team, workdir, _finite(results))
     return results
+
+
+def _counts(one: Evaluation) -> NumpyArray:
+    """``bool[N]``: the examples of which anything has weight."""
+    return np.asarray(one.confusion.sum(axis=(*range(1, one.confusion.ndim),)) > 0)
+
+
+def _count(one: Evaluation) -> int:
+    return int(_counts(one).sum())
 
 
 def _finite(value: Any) -> Any:
@@ -133,7 +151,7 @@ def _table(
 ) -> str:
     """The folds, a row each, then the figures of all with their intervals."""
     wide = max(map(len, found))
-    count = sum(len(own.index) for _, own in found.values())
+    count = sum(_count(own) for _, own in found.values())
     lines = [
         f"out of fold: {count} examples, each counted by the net that has not learnt"
         " from it, at its best step",
@@ -141,9 +159,7 @@ def _table(
     ]
     for name, (step, own) in found.items():
         dice, mean = (own.results[key] for key in ("dice", "image_dice"))
-        lines.append(
-            f"{name:<{wide}}{step:>8}{len(own.index):>10}{dice:9.4f}{mean:12.4f}"
-        )
+        lines.append(f"{name:<{wide}}{step:>8}{_count(own):>10}{dice:9.4f}{mean:12.4f}")
     keys = []
     for key in ("dice", "iou", "image_dice", "image_iou"):
         named = [f"{key}/{name}" for name in label_names if name != "background"]

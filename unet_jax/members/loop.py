@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from unet_jax import compiled
-from unet_jax.books import Books, opened
+from unet_jax.books import Batches, Books, opened
 from unet_jax.checkpoint import check_same_run
-from unet_jax.members.roster import Say, drop_later, stored_at
+from unet_jax.members.roster import (
+    Say,
+    common,
+    drop_later,
+    stored_at,
+    stored_members,
+)
 from unet_jax.members.team import Team, write
 from unet_jax.members.ways import InTurn
 from unet_jax.training import TrainState
+from unet_jax.types import InputError
 
 
 def compile_step(
@@ -52,14 +59,16 @@ def train(team: Team, workdir: Path, *, say: Say, interrupted: list[str]) -> Non
 
     Raises:
         SystemExit: Of status 0, after a signal; all members are saved.
-        InputError: The loss of one is not finite, or a disk is full.
+        InputError: The loss of one is not finite, a disk is full, or an example cannot
+            be read; of the last, all members are saved.
     """
-    total = team.runs[0].config["train"]["steps"]
-    if team.start >= total:
-        for name, one in zip(team.names, team.runs, strict=True):
-            check_same_run(
-                stored_at(workdir / name, team.start), one.meta, workdir / name
-            )
+    if common(workdir, team.names) != team.start:
+        raise InputError(
+            f"{workdir} has been trained on meanwhile: run the same command again."
+        )
+    if team.start >= team.runs[0].config["train"]["steps"] and _done(team, workdir):
+        if stored_members(workdir) is None:
+            write(team, workdir, {})
         say(f"the members are finished at step {team.start}")
         return
     write(team, workdir, {})
@@ -93,6 +102,16 @@ def train(team: Team, workdir: Path, *, say: Say, interrupted: list[str]) -> Non
         _loop(team, books, gathered, say=say, interrupted=interrupted)
 
 
+def _done(team: Team, workdir: Path) -> bool:
+    """Whether no member owes an evaluation of the step that they stand at."""
+    done = True
+    for name, one in zip(team.names, team.runs, strict=True):
+        stored = stored_at(workdir / name, team.start)
+        check_same_run(stored, one.meta, workdir / name)
+        done &= not stored.progress.get("owed", False)
+    return done
+
+
 def _loop(
     team: Team,
     books: Sequence[Books],
@@ -106,7 +125,12 @@ def _loop(
 
     way, names = team.way, team.names
     step, total = team.start, team.runs[0].config["train"]["steps"]
-    batches = team.batches(step)
+    # A file of the evaluation could not be read, perhaps it now can.
+    states = _made_up(team, books, states, step)
+    if step >= total:
+        say(f"the members are finished at step {step}")
+        return
+    batches = Batches(team.batches(step))
     batch = next(batches)
     compile_step(team, states, batch, say=say)
     for book in books:
@@ -117,13 +141,11 @@ def _loop(
         stop = bool(interrupted)
         while step < total and not stop:
             states, stats = way.step(states, batch)
-            begin = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - begin
             step += 1
             bar.update()
             means = [
-                book.add(step, own, waited=waited)
+                book.add(step, own, waited=batches.waited)
                 for book, own in zip(books, stats, strict=True)
             ]
             if all(means):
@@ -133,21 +155,25 @@ def _loop(
                     rate = (time.perf_counter() - clock) / (step - team.start)
                     left = rate * (total - step)
                     say(f"step {step}/{total}: {line}, {left:.0f} s left")
-            stop = bool(interrupted)
+            stop = bool(interrupted) or batches.failed is not None
             if books[0].evaluates(step):
-                states = _evaluated(team, books, states, step)
+                states = _evaluated(team, books, states, step, say=say)
             if stop or any(book.saves(step) for book in books):
                 for i, book in enumerate(books):
                     book.save(step, way.take(states, i))
         for book in books:
             book.checkpoints.wait()
+    if batches.failed is not None and step < total:
+        say(f"saved step {step} of all members; the same command goes on from there")
+        raise batches.failed
     if interrupted:
         at = books[0].checkpoints.latest_step()
         where = f"saved step {at} of all members" if at else "stopped before a step"
         say(f"{interrupted[0]}: {where}; the same command goes on from there")
         raise SystemExit(0)
     for name, book in zip(names, books, strict=True):
-        say(f"{name}: {book.closing(step)}")
+        for line in book.closing(step).splitlines():
+            say(f"{name}: {line}")
 
 
 def _progress(names: Sequence[str], means: Sequence[Mapping[str, float]]) -> str:
@@ -157,12 +183,49 @@ def _progress(names: Sequence[str], means: Sequence[Mapping[str, float]]) -> str
     return f"loss {shown}; {speed:.1f} images/s"
 
 
-def _evaluated(team: Team, books: Sequence[Books], states: Any, step: int) -> Any:
-    """Evaluates every member; the states with what has been decided."""
+def _evaluated(
+    team: Team, books: Sequence[Books], states: Any, step: int, *, say: Say
+) -> Any:
+    """Evaluates every member; the states with what has been decided.
+
+    Raises:
+        InputError: An example cannot be read; all members are saved.
+    """
+    way, failed = team.way, None
+    for i in range(len(books)):
+        try:
+            _evaluate(team, books, states, step, i)
+        except InputError as error:
+            failed = failed or error  # the others' examples may be sound
+    states = way.rescaled(states, [book.progress.lr_scale for book in books])
+    if failed is None:
+        return states
     for i, book in enumerate(books):
-        with contextlib.ExitStack() as others:
-            for other in books:
-                if other is not book:
-                    others.enter_context(other.meter.paused())
-            book.evaluated(step, team.way.take(states, i))
+        book.save(step, way.take(states, i))
+    pairs = zip(team.names, books, strict=True)
+    owing = ", ".join(name for name, book in pairs if book.progress.owed)
+    say(f"saved step {step} of all members, of which the evaluation of {owing} failed")
+    raise failed
+
+
+def _made_up(team: Team, books: Sequence[Books], states: Any, step: int) -> Any:
+    """Evaluates the members that owe it, and saves them again.
+
+    Raises:
+        InputError: An example can still not be read.
+    """
+    for i, book in enumerate(books):
+        if book.progress.owed:
+            book.save(step, _evaluate(team, books, states, step, i), again=True)
     return team.way.rescaled(states, [book.progress.lr_scale for book in books])
+
+
+def _evaluate(
+    team: Team, books: Sequence[Books], states: Any, step: int, i: int
+) -> TrainState:
+    """One member's state, evaluated while the clocks of the others stand still."""
+    with contextlib.ExitStack() as others:
+        for other in books:
+            if other is not books[i]:
+                others.enter_context(other.meter.paused())
+        return books[i].evaluated(step, team.way.take(states, i), save=False)

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
@@ -16,6 +16,7 @@ from unet_jax.types import InputError
 
 Kind = Literal["folds", "seeds"]
 Say = Callable[[str], None]
+_NAME = re.compile(r"(fold|seed)_\d+")
 
 
 class Member(NamedTuple):
@@ -129,16 +130,9 @@ def check_workdir(
         InputError: Says what is there.
     """
     workdir = Path(workdir)
-    file = workdir / MEMBERS
-    if file.exists():
-        try:
-            stored = json.loads(file.read_text())
-            kind, names = stored["kind"], list(stored["members"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{file} is damaged: delete it, and the command that trains the members"
-                " writes it again."
-            ) from error
+    stored, file = stored_members(workdir), workdir / MEMBERS
+    if stored is not None:
+        kind, names = stored
         if members is None:
             raise InputError(
                 f"the workdir {workdir} holds {len(names)} {kind}: say"
@@ -153,13 +147,45 @@ def check_workdir(
             )
         return
     if members is None:
+        if file.exists():
+            raise InputError(
+                f"{file} is damaged: the command that trained the members writes it"
+                " again; for a single run use another --workdir."
+            )
         return
-    for path in (workdir, *(workdir / name for name in members[1])):
+    kind, names = members
+    there = set() if steps_of(workdir) else folders_of(workdir)
+    if there == set(names):
+        return  # the file is damaged or has been deleted, and will be written again
+    if there and file.exists():
+        raise InputError(
+            f"{file} is damaged, and the folders beside it are"
+            f" {', '.join(sorted(there))}, where this config asks for {names[0]} to"
+            f" {names[-1]}: ask for those that are there, or use another --workdir."
+        )
+    for path in (workdir, *(workdir / name for name in names)):
         if steps_of(path):
             raise InputError(
                 f"{path} holds a run of its own: use another --workdir for"
-                f" {len(members[1])} {members[0]}."
+                f" {len(names)} {kind}."
             )
+
+
+def stored_members(workdir: Path) -> tuple[Kind, list[str]] | None:
+    """Which members a workdir says it has; None if it does not, or not readably."""
+    try:
+        content = json.loads((workdir / MEMBERS).read_bytes())
+        kind, names = content["kind"], list(content["members"])
+        named = all(map(_NAME.fullmatch, names))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (kind, names) if kind in get_args(Kind) and names and named else None
+
+
+def folders_of(workdir: Path) -> set[str]:
+    """The folders of a workdir that are called like members."""
+    found = workdir.iterdir() if workdir.is_dir() else ()
+    return {p.name for p in found if _NAME.fullmatch(p.name) and p.is_dir()}
 
 
 def steps_of(workdir: Path) -> set[int]:

@@ -56,7 +56,10 @@ class Team:
     def batches(self, start: int) -> Iterator[Any]:
         """What a step takes, from step ``start`` on, placed two steps ahead."""
         queue: deque[Any] = deque()
-        for batch in side_by_side([_reader(r) for r in self.runs], start=start):
+        readers = [_reader(one) for one in self.runs]
+        size = sum(np.asarray(x).nbytes for x in readers[0](start).values())
+        threads = run.read_threads(self.runs[0].config, size * len(readers))
+        for batch in side_by_side(readers, start=start, threads=threads):
             queue.append(self.way.place(batch))
             if len(queue) > 2:
                 yield queue.popleft()
