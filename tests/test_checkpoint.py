@@ -276,16 +276,19 @@ def test_a_kill_while_one_is_saved_again_costs_nothing(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_what_was_to_be_replaced(tmp_path, monkeypatch):
-    def full(path, content):
-        raise OSError(number, os.strerror(number), str(path))
+    def full(number):
+        def write_bytes(path, content):
+            raise OSError(number, os.strerror(number), str(path))
+
+        return write_bytes
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(_state(step=1), META, score=0.1)
         checkpoints.wait()
         for number in (errno.ENOSPC, errno.EFBIG):
             with monkeypatch.context() as patch:
-                patch.setattr(log.Path, "write_bytes", full)
-                with pytest.raises(InputError, match="full.*goes on from"):
+                patch.setattr(log.Path, "write_bytes", full(number))
+                with pytest.raises(InputError, match=r"full.*goes on from"):
                     checkpoints.save(_state(step=1), META, score=0.9, again=True)
         assert checkpoints.best_step() == checkpoints.latest_step() == 1
     assert integrity.score_of(tmp_path, 1) == 0.1

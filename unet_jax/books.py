@@ -160,7 +160,11 @@ class Books:
         Returns:
             The row, `unet_jax.log.Meter.take`'s means and ``epoch``; empty where none
             is due.
+
+        Raises:
+            InputError: The loss is not finite, or the last save has failed.
         """
+        self.checkpoints.check()
         self.meter.add(step, stats, waited=waited)
         if not is_due(step, self._train["log_every"], self._train["steps"]):
             return {}
