@@ -520,9 +520,7 @@ class Rare(Numbered):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("margin", [0, 2])
 @pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
-def test_the_asked_part_of_the_crops_holds_foreground(
-    part, margin, large, monkeypatch
-):
+def test_the_asked_part_of_the_crops_holds_foreground(part, margin, large, monkeypatch):
     if large:  # of which some places are remembered
         monkeypatch.setattr(batches._Foreground, "LARGE", 1)
         monkeypatch.setattr(batches._Foreground, "SOME", 2)

@@ -1,8 +1,13 @@
 """Evaluation: each example once, divided once, and the decisions that follow."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unet_jax import evaluation, losses, models, sharding
 from unet_jax.evaluation import Progress, score_of
@@ -127,3 +132,27 @@ def test_score_is_higher_for_better():
     assert -1e30 < worst < -1e20
     with pytest.raises(InputError, match="dice"):
         score_of({"dice": 0.5}, "dise")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    evaluations=st.lists(
+        st.tuples(st.floats(0, 1), st.booleans(), st.floats(0, 2)), max_size=12
+    ),
+    cut=st.integers(0, 12),
+)
+def test_decisions_do_not_depend_on_where_a_run_was_stopped(evaluations, cut):
+    def decided(progress, numbers):
+        for i in numbers:
+            score, collapsed, loss = evaluations[i]
+            progress = progress.after(
+                10 * i, score, collapsed=collapsed, watched=loss, patience=2
+            )
+        return progress
+
+    count = len(evaluations)
+    cut = min(cut, count)
+    whole = decided(Progress(), range(count))
+    stopped = decided(Progress(), range(cut))
+    stored = json.loads(json.dumps(dataclasses.asdict(stopped)))
+    assert decided(Progress(**stored), range(cut, count)) == whole

@@ -243,3 +243,34 @@ def test_summarise_refuses_what_does_not_fit(change, words):
     options = {"task": "classes", "label_names": NAMES, **change}
     with pytest.raises(InputError, match=words):
         metrics.summarise(np.ones((2, 3, 3), int), **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), task=st.sampled_from(["classes", "labels"]))
+def test_invariants_of_the_scores(seed, task):
+    """Bounds, Dice and IoU of each other, and what no score depends on."""
+    rng = np.random.default_rng(seed)
+    names = ("background", "a", "b")
+    shape = (5, 3, 3) if task == "classes" else (5, 3, 2, 2)
+    table = rng.integers(0, 4, shape) * rng.integers(0, 2, shape)
+    found = metrics.summarise(table, task=task, label_names=names)
+    for key, value in found.items():
+        assert np.isnan(value) or 0 <= value <= 1, key
+    for name in names:
+        dice, iou = found[f"dice/{name}"], found[f"iou/{name}"]
+        np.testing.assert_allclose(dice, 2 * iou / (1 + iou), rtol=1e-12)
+        assert np.isnan(dice) or iou <= dice
+    # The order of the images is nothing, and neither are images without a pixel.
+    order = rng.permutation(5)
+    padded = np.concatenate([table[order], np.zeros((2, *shape[1:]), int)])
+    other = metrics.summarise(padded, task=task, label_names=names)
+    for key, value in found.items():
+        np.testing.assert_allclose(other[key], value, rtol=1e-12)
+    # Truth and prediction exchanged, precision becomes recall and Dice stays.
+    swapped = np.swapaxes(table, -1, -2)
+    other = metrics.summarise(swapped, task=task, label_names=names)
+    for name in names:
+        for one, two in (("dice", "dice"), ("iou", "iou"), ("precision", "recall")):
+            np.testing.assert_allclose(
+                other[f"{two}/{name}"], found[f"{one}/{name}"], rtol=1e-12
+            )
