@@ -74,8 +74,8 @@ def chosen(section: Any) -> Any:
     return section
 
 
-def describe(run: Run) -> None:
-    """Prints what is trained on what."""
+def describe(run: Run, *, trial: bool = False) -> None:
+    """Prints what is trained on what; of a `trial` it says itself for how long."""
     dataset, train = run.dataset, run.config["train"]
     size = size_text(train["crop"])
     kind = run.meta.normalisation["kind"]
@@ -97,10 +97,11 @@ def describe(run: Run) -> None:
     if advice := normalisation.advice(run.meta.normalisation, images):
         say(f"note: {advice}")
     epochs = train["steps"] * train["batch_size"] / len(dataset.train)
-    say(
-        f"training: {train['steps']} steps of {train['batch_size']} crops of {size},"
-        f" {epochs:.1f} times through the data"
-    )
+    if not trial:
+        say(
+            f"training: {train['steps']} steps of {train['batch_size']} crops of"
+            f" {size}, {epochs:.1f} times through the data"
+        )
     for advice in (_rare(run, first), _many(run, first)):
         if advice:
             say(f"note: {advice}")
@@ -258,7 +259,7 @@ def trial(
         )
     where = None if workdir is None else _made(workdir)
     run = build(trials.prepared(name, config), sharding.make_mesh(1, 1), say=say)
-    describe(run)
+    describe(run, trial=True)
     return trials.TRIALS[name](run, where, say=say)
 
 
@@ -482,7 +483,12 @@ def parse(argv: list[str]) -> Command:
             raise InputError(f"{arg} names no key: write --config.KEY=VALUE.")
     for name in files:
         if not Path(name).is_file():
-            raise InputError(f"there is no config file {name}: look into configs/.")
+            near = f"{name}.py" if Path(f"{name}.py").is_file() else ""
+            place = Path(__file__).resolve().parent / "configs"
+            raise InputError(
+                f"there is no config file {name}: {near and f'use {near}, or '}look"
+                f" into {place}."
+            )
         load(name)  # for a sentence where it does not work
     wrong = (flags.Error, AttributeError, KeyError, TypeError, OSError, ValueError)
     try:

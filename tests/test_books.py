@@ -150,8 +150,14 @@ def test_other_images_than_before_are_told(root, tmp_path, capsys):
     train.train_and_evaluate(_config(root, **{"train.steps": 4}), tmp_path / "run")
     (root / "images" / "9.png").unlink()
     (root / "masks" / "9.png").unlink()
+    with pytest.raises(InputError, match="evaluated on 2 images, and now there are 1"):
+        train.train_and_evaluate(_config(root, **{"train.steps": 8}), tmp_path / "run")
+    # The remedy: its weights, in another workdir.
+    more = {"train.steps": 4, "model.weights": str(tmp_path / "run")}
+    train.train_and_evaluate(_config(root, **more), tmp_path / "other")
     capsys.readouterr()
-    train.train_and_evaluate(_config(root, **{"train.steps": 8}), tmp_path / "run")
+    more = {"train.steps": 8, "data.on_error": "skip"}
+    train.train_and_evaluate(_config(root, **more), tmp_path / "run")
     text = capsys.readouterr().out
     assert "the images of data.evaluation: 2 -> 1, and not the same ones" in text
     assert "the images of data.train" not in text

@@ -334,7 +334,7 @@ def test_the_command_writes_a_config_that_gives_the_same_data(
     monkeypatch.chdir(tmp_path)
     assert run(str(root), "--write-config=deep/my.py", "--json=found.json") == 0
     text = capsys.readouterr().out
-    assert "python train.py --config=deep/my.py" in text
+    assert "train.py --config=deep/my.py --workdir=runs/my" in text
     with Image.open("inspect.png") as sheet:
         assert sheet.width > 800
     config = flags.read_config("deep/my.py")
@@ -386,7 +386,7 @@ def test_the_command_on_a_config_and_without_a_file(tmp_path, monkeypatch, capsy
     assert run("--config=my.py", "--config.data.train=train[:50%]") == 0
     text = capsys.readouterr().out
     assert "5 for training" in text and "as my.py says" in text
-    assert "--config=my.py --workdir=runs/mine '--config.data.train" in text
+    assert "--config=my.py --workdir=runs/my '--config.data.train" in text
 
 
 @pytest.mark.parametrize("name", ["it's", 'a "b" c', 'it\'s "so" $HOME `x` \\!', "é"])

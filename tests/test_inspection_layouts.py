@@ -626,3 +626,15 @@ def test_names_that_match():
     assert words.match(["i[1]", "i[2]"], ["m[1]", "m[2]"]) == ("i[[]*]", "m[[]*]", 2)
     assert words.match(["a"], ["b"]) is None
     assert words.match([], ["b"]) is None
+
+
+def test_images_without_masks_are_told_so(tmp_path):
+    write(tmp_path, *both("a/images/?.png", "a/masks/?.png"))
+    with pytest.raises(
+        InputError, match=rf"no masks were found: give {tmp_path / 'a'}"
+    ):
+        layouts.find(tmp_path / "a" / "images")
+    write(tmp_path, "b/images/x.png", "b/images/y.png")
+    for place in (tmp_path / "b", tmp_path / "b" / "images"):
+        with pytest.raises(InputError, match="put masks of the same names into"):
+            layouts.find(place)

@@ -356,7 +356,8 @@ def opened(
         else:
             state = run.begin()
         text = json.dumps(run.meta.to_json()["config"], indent=2) + "\n"
-        if distributed.is_main():
+        # Of a run that is finished it goes on saying what was trained.
+        if distributed.is_main() and start < run.config["train"]["steps"]:
             replace_file(workdir / "config.json", text.encode())
         log = RunLog(
             workdir,

@@ -203,10 +203,19 @@ def check_same_run(
     ]
     for part, (count, digest) in now.examples.items():
         then = stored.examples.get(part)
-        if then is not None and then[1] != digest:
-            changed.append(
-                f"the images of data.{part}: {then[0]} -> {count}, and not the same"
-                " ones: what was trained on may now be evaluated on, so use a new"
-                " --workdir for figures that count"
+        if then is None or then[1] == digest:
+            continue
+        skips = now.config.get("data", {}).get("on_error") == "skip"
+        if part == "evaluation" and not skips:
+            where = os.fspath(workdir)
+            raise InputError(
+                f"the workdir {where} holds a run that was evaluated on {then[0]}"
+                f" images, and now there are {count}, not the same ones: what was"
+                " trained on may be among them and the best so far is of the others,"
+                " so use another --workdir, with this one's weights by"
+                f" --config.model.weights={where}."
             )
+        changed.append(
+            f"the images of data.{part}: {then[0]} -> {count}, and not the same ones"
+        )
     return changed

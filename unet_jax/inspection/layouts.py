@@ -51,10 +51,31 @@ def find(root: Path) -> Layout:
             found = (rule(place) for rule in RULES)
             if (layout := next((one for one in found if one), None)) is not None:
                 return layout
+        if plain := _only_images(root):
+            raise InputError(plain)
         raise InputError(
             f"{root} has none of the layouts that are known; it holds {_held(root)}."
             f" Known are: {KNOWN}."
         )
+
+
+def _only_images(root: Path) -> str:
+    """A sentence where there is nothing but one folder of images, else ""."""
+    inside = folders_in(root)
+    place = root if not inside else inside[0]
+    alone = len(inside) == 1 and not files_in(root) and not folders_in(place)
+    if not files_in(place) or (inside and not alone):
+        return ""
+    above = place.parent
+    found = next((one for one in (rule(above) for rule in RULES) if one), None)
+    if found is not None and found.options.get("images") == place.name:
+        remedy = f"give {above}, which has both"
+    else:
+        remedy = (
+            f"put masks of the same names into {above / 'masks'}, and the images into"
+            f" {above / 'images'}, or see docs/inspect.md for other layouts"
+        )
+    return f"{place} holds {_held(place)}, and no masks were found: {remedy}."
 
 
 def of_config(data: Mapping[str, Any], name: str) -> tuple[Layout, bool]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,8 +200,16 @@ def file_of(found: Mapping[str, Any], command: str, path: str, why: str) -> str:
 
 
 def train_command(path: str) -> str:
-    """How to train with a config file."""
-    return f"python train.py --config={shlex.quote(path)} --workdir=runs/mine"
+    """How to train with a config file, from where one stands."""
+    workdir = f"runs/{Path(path).stem}"
+    return f"{_program()} --config={shlex.quote(path)} --workdir={shlex.quote(workdir)}"
+
+
+def _program() -> str:
+    """``python train.py``, with its folder where that is another one."""
+    program = Path(__file__).resolve().parents[2] / "train.py"
+    there = program.is_file() and Path.cwd() != program.parent
+    return f"python {shlex.quote(str(program)) if there else 'train.py'}"
 
 
 def flags_of(found: Mapping[str, Any]) -> str:
@@ -209,7 +218,7 @@ def flags_of(found: Mapping[str, Any]) -> str:
     for key, value in found.items():
         text = value if isinstance(value, str) else repr(value)
         flags.append(_quoted(f"--config.{key}={text}"))
-    return " \\\n    ".join(["python train.py --workdir=runs/mine", *flags])
+    return " \\\n    ".join([f"{_program()} --workdir=runs/mine", *flags])
 
 
 def _quoted(text: str) -> str:
