@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -34,6 +33,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from unet_jax import (
+    advice,
     compiled,
     distributed,
     lock,
@@ -51,7 +51,6 @@ from unet_jax.run import Run, build
 from unet_jax.training import TrainState
 from unet_jax.types import InputError, size_text
 
-RARE = 0.02  # of the pixels: a class that crops are likely to miss
 ASK_EVERY = 10  # steps after which processes ask each other whether to stop, at most
 
 
@@ -92,78 +91,21 @@ def describe(run: Run, *, trial: bool = False) -> None:
         f" examples, {dataset.dtype}, {dataset.channels} channel(s);"
         f" {run.meta.task}: {', '.join(run.meta.label_names)}"
     )
-    first = _first(dataset.train)
+    first = advice.first(dataset.train)
     images = (example["image"] for example in first)
-    if advice := normalisation.advice(run.meta.normalisation, images):
-        say(f"note: {advice}")
+    if note := normalisation.advice(run.meta.normalisation, images):
+        say(f"note: {note}")
     epochs = train["steps"] * train["batch_size"] / len(dataset.train)
     if not trial:
         say(
             f"training: {train['steps']} steps of {train['batch_size']} crops of"
             f" {size}, {epochs:.1f} times through the data"
         )
-    for advice in (_rare(run, first), _many(run, first)):
-        if advice:
-            say(f"note: {advice}")
+    for note in (advice.rare(run, first), advice.many(run, first)):
+        if note:
+            say(f"note: {note}")
     shape = (1, *train["crop"], dataset.channels)
     say(report.model_table(run.model, shape, freeze=run.config["optim"]["freeze"]))
-
-
-def _first(source: Any) -> list[Any]:
-    """A few examples to judge by; of large volumes one or two."""
-    found, size = [], 0
-    for i in range(min(len(source), 16)):
-        found.append(source[i])
-        size += sum(array.nbytes for array in found[-1].values())
-        if size > 2**28:
-            break
-    return found
-
-
-def _rare(run: Run, examples: list[Any]) -> str:
-    """A sentence where a class is rare and crops may well miss it, else ""."""
-    train, names = run.config["train"], run.meta.label_names
-    crop = math.prod(train["crop"])
-    small = any(2 * crop < math.prod(e["image"].shape[:-1]) for e in examples)
-    pixels = sum(float((e["weight"] > 0).sum()) for e in examples)
-    shares = {}
-    for i, name in enumerate(names):
-        if run.meta.task == "classes" and i:
-            counts = [((e["label"] == i) & (e["weight"] > 0)).sum() for e in examples]
-            shares[name] = float(sum(counts)) / max(pixels, 1.0)
-        elif run.meta.task == "labels":
-            some = [e["label"][..., i] * (e["weight"][..., i] > 0) for e in examples]
-            found = float(sum(x.sum() for x in some))
-            shares[name] = found * len(names) / max(pixels, 1.0)
-    if shares and not any(shares.values()):
-        return (
-            f"none of the first {len(examples)} examples has anything but"
-            f" {names[0] if run.meta.task == 'classes' else 'background'}: look at how"
-            " the masks are read with unet-jax inspect"
-        )
-    shares = {name: share for name, share in shares.items() if 0 < share < RARE}
-    if train.get("foreground") or not small or not shares:
-        return ""
-    name = min(shares, key=lambda name: shares[name])
-    return (
-        f"{name} has {shares[name]:.2%} of the pixels, and most crops will have little"
-        " of it: --config.train.foreground=0.33 lays a third of them around foreground"
-    )
-
-
-def _many(run: Run, examples: list[Any]) -> str:
-    """A sentence where decoded examples exceed the memory they may have, else ""."""
-    config, dataset = run.config["data"], run.dataset
-    mean = sum(e["image"].nbytes + e["label"].nbytes for e in examples) / len(examples)
-    total = mean * (len(dataset.train) + len(dataset.evaluation))
-    budget = config.get("cache_mb", 0)
-    if config["source"] == "cells" or config.get("cache_dir") or total < budget * 2**20:
-        return ""
-    return (
-        f"decoded, the examples take about {total / 2**30:.1f} GB, more than"
-        f" data.cache_mb = {budget:g}: most are decoded anew each time; data.cache_dir,"
-        " a folder, would keep them on disk"
-    )
 
 
 @contextlib.contextmanager

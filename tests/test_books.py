@@ -74,6 +74,7 @@ def _deleted_when(monkeypatch, step, path):
     monkeypatch.setattr(batches, "plan", planned)
 
 
+@pytest.mark.slow
 def test_an_image_that_is_deleted_costs_no_step(root, tmp_path, monkeypatch, capsys):
     whole = train.train_and_evaluate(_config(root), tmp_path / "whole")
     capsys.readouterr()
@@ -101,6 +102,7 @@ def test_an_image_that_is_deleted_may_be_skipped(root, tmp_path, monkeypatch, ca
     assert max(_steps(tmp_path / "run")) == 12
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_is_made_up_for(root, tmp_path, capsys):
     whole = train.train_and_evaluate(_config(root), tmp_path / "whole")
     image = root / "images" / "9.png"

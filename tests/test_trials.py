@@ -1,13 +1,14 @@
 """What is tried before a run: a learning rate, and one batch by heart."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import train
 from configs import default
-from unet_jax import trials
+from unet_jax import advice, trials
 
 TINY = {
     "data.cells.size": (32, 32),
@@ -78,3 +79,36 @@ def test_trials_are_asked_for_on_the_command_line():
     folds = _config(**{"members.folds": 2})
     with pytest.raises(train.InputError, match="is for one net"):
         train.trial("find_lr", folds, None)
+
+
+def test_what_the_first_examples_give_reason_to_say():
+    class Few:
+        def __init__(self, label):
+            self.label = label
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            image = np.zeros((*self.label.shape, 1), np.uint8)
+            weight = np.ones(self.label.shape, np.float32)
+            return {"image": image, "label": self.label, "weight": weight}
+
+    def run(label, **data):
+        config = {"train": {"crop": (4, 4)}, "data": {"source": "folder", **data}}
+        source = Few(label)
+        meta = SimpleNamespace(task="classes", label_names=("background", "cell"))
+        dataset = SimpleNamespace(train=source, evaluation=source)
+        return SimpleNamespace(config=config, meta=meta, dataset=dataset)
+
+    label = np.zeros((20, 20), np.uint8)
+    examples = advice.first(Few(label))
+    assert len(examples) == 3
+    assert "anything but background" in advice.rare(run(label), examples)
+    label[0, 0] = 1
+    assert "cell has 0.25% of the pixels" in advice.rare(run(label), examples)
+    label[:10] = 1
+    assert advice.rare(run(label), examples) == ""
+    # Twice three examples of 400 bytes of image and of label.
+    assert advice.many(run(label, cache_mb=1), examples) == ""
+    assert "data.cache_mb = 0.001" in advice.many(run(label, cache_mb=0.001), examples)
