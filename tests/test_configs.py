@@ -99,7 +99,7 @@ def _folder(root, config):
 
 def _ctc(root, config):
     for sequence in ("01", "02"):
-        write(root, sequence, masks=(0, 2), dropped=(1,), size=(40, 48))
+        write(root, sequence, masks=(0, 2), dropped=(1,), size=(64, 80))
 
 
 def _pets(root, config):
