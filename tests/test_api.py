@@ -16,9 +16,10 @@ ROOT = Path(unet_jax.__file__).parent
 # Each row may import from the rows above it and from nothing else of the package.
 ROWS = [
     {"types"},
-    {"log", "compiled", "distributed", "sharding"},
+    {"log", "compiled", "distributed", "sharding", "programs"},
     {
-        "layers",
+        "convolution",
+        "norms",
         "losses",
         "metrics",
         "bootstrap",
@@ -33,12 +34,13 @@ ROWS = [
         "integrity",
         "lock",
     },
+    {"layers"},
     {"augment", "data", "resample", "bottlenecks", "partition"},
     {"blocks", "merges"},
     {"encoders", "decoders"},
     {"geometry", "checks"},
     {"models"},
-    {"training", "pictures", "tiles", "meta"},
+    {"training", "pictures", "tiles", "meta", "resident"},
     {"torch_weights"},
     {"evaluation", "checkpoint"},
     {"transfer", "feasible", "options"},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import blocks, encoders, layers
+from unet_jax import blocks, encoders, layers, norms
 from unet_jax.resample import UpConv
 from unet_jax.types import InputError
 
@@ -33,7 +33,7 @@ def _kit(padding="same", norm="batch", order="cna", *, excite="none", train=Fals
     return layers.Kit(
         conv=layers.conv_factory(padding=padding, init=init, **options),
         dense=dense,
-        norm=layers.norm_factory(norm, train=train),
+        norm=norms.norm_factory(norm, train=train),
         act=layers.act_factory("leaky_relu", slope=SLOPE),
         excite=blocks.excite_factory(blocks.EXCITES[excite], dense),
         up_conv=partial(UpConv, dtype=jnp.float64),

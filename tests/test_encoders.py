@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import encoders, layers, models, resample
+from unet_jax import encoders, layers, models, norms, resample
 from unet_jax.blocks import ResidualBlock
 
 
@@ -147,7 +147,7 @@ def _small(encoder, counts, features, dtype):
     kit = layers.Kit(
         conv=layers.conv_factory(padding="same", init=init, **options),
         dense=partial(nn.Dense, kernel_init=init, **options),
-        norm=layers.norm_factory("none", train=False),
+        norm=norms.norm_factory("none", train=False),
         act=layers.act_factory("relu"),
         excite=lambda name: lambda x: x,
         up_conv=None,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import layers, merges
+from unet_jax import layers, merges, norms
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _kit(norm="none", *, bias=False):
     return layers.Kit(
         conv=layers.conv_factory(padding="same", init=init, **options),
         dense=partial(nn.Dense, kernel_init=init, **options),
-        norm=layers.norm_factory(norm, train=False),
+        norm=norms.norm_factory(norm, train=False),
         act=layers.act_factory("relu"),
         excite=None,
         up_conv=None,

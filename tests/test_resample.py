@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import layers, resample, sharding
+from unet_jax import layers, norms, resample, sharding
 from unet_jax.compiled import collectives
 
 
@@ -17,11 +17,19 @@ def _random(rng, *shape):
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("size", [(6, 8), (7, 5), (4, 6, 5)])
-def test_max_pool_equals_reduce_window_in_value_and_gradient(rng, size):
+POOLED = [
+    ((6, 8), (2, 2)),
+    ((7, 5), (2, 2)),  # an odd last row and column are dropped
+    ((7, 5), (3, 2)),
+    ((4, 6, 5), (2, 2, 2)),
+    ((3, 6, 5), (1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("size", "window"), POOLED)
+def test_max_pool_equals_reduce_window_in_value_and_gradient(rng, size, window):
     # Integers, so that ties are common: the first maximum must take the gradient.
     x = jnp.asarray(rng.integers(0, 3, (2, *size, 3)), jnp.float32)
-    window = (2,) * len(size)
     ours, back = jax.vjp(partial(resample.max_pool, stride=window), x)
     theirs, lax_back = jax.vjp(lambda x: nn.max_pool(x, window, window), x)
     chex.assert_trees_all_equal(ours, theirs)
@@ -29,11 +37,100 @@ def test_max_pool_equals_reduce_window_in_value_and_gradient(rng, size):
     chex.assert_trees_all_equal(back(g), lax_back(g))
 
 
+def test_max_pool_of_equals_gives_the_gradient_to_the_first():
+    x = jnp.zeros((1, 4, 6, 1))
+    gradient = jax.grad(lambda x: jnp.sum(resample.max_pool(x, (2, 3))))(x)
+    expected = np.zeros((4, 6))
+    expected[::2, ::3] = 1
+    np.testing.assert_array_equal(gradient[0, ..., 0], expected)
+
+
+@pytest.mark.parametrize(("size", "window"), POOLED[2:4])
+def test_max_pool_goes_forwards_as_it_goes_back_and_mapped(rng, size, window):
+    # Whole numbers, with ties, so that both sums are exact.
+    x, towards = jnp.asarray(rng.integers(-3, 3, (2, 2, *size, 3)), jnp.float32)
+    pool = partial(resample.max_pool, stride=window)
+    y, slope = jax.jvp(pool, (x,), (towards,))
+    again, back = jax.vjp(pool, x)
+    chex.assert_trees_all_equal(y, again)
+    g = jnp.asarray(rng.integers(-3, 3, y.shape), jnp.float32)
+    assert jnp.sum(g * slope) == jnp.sum(back(g)[0] * towards) != 0
+    chex.assert_trees_all_equal(jax.linearize(pool, x)[1](towards), slope)
+    both = jnp.stack([x, towards])
+    chex.assert_trees_all_equal(
+        jax.vmap(pool)(both), jnp.stack([pool(x), pool(towards)])
+    )
+    mapped = jax.vmap(lambda x: jax.vjp(pool, x)[1](g)[0])(both)
+    expected = jnp.stack([back(g)[0], jax.vjp(pool, towards)[1](g)[0]])
+    chex.assert_trees_all_equal(mapped, expected)
+
+
+@pytest.mark.parametrize(("size", "window"), POOLED[2:4])
+def test_max_pool_has_the_second_derivatives_of_a_maximum(rng, size, window):
+    def plain(x):
+        pooled = [n // w for n, w in zip(size, window, strict=True)]
+        x = x[(slice(None), *map(slice, np.multiply(pooled, window)))]
+        split = [n for pair in zip(pooled, window, strict=True) for n in pair]
+        x = x.reshape(len(x), *split, x.shape[-1])
+        return jnp.max(x, tuple(range(2, x.ndim - 1, 2)))
+
+    with jax.enable_x64(True):
+        x, towards = jnp.asarray(rng.standard_normal((2, 2, *size, 3)))
+
+        def second(pool):
+            def gradient(x):
+                return jax.grad(lambda x: jnp.sum(jnp.sin(pool(jnp.exp(x)))))(x)
+
+            def of_gradient(x):
+                return jnp.sum(jnp.cos(gradient(x)))
+
+            hessian = jax.jvp(gradient, (x,), (towards,))[1]
+            return hessian, jax.grad(of_gradient)(x)
+
+        ours = jax.jit(second, static_argnums=0)(
+            partial(resample.max_pool, stride=window)
+        )
+        chex.assert_trees_all_close(
+            ours, jax.jit(second, static_argnums=0)(plain), rtol=0, atol=1e-12
+        )
+
+
 def test_max_pool_keeps_nan_and_axes_of_one():
     x = jnp.asarray([[1.0, jnp.nan, 3.0, 2.0]]).reshape(1, 1, 4, 1)
     out = resample.max_pool(x, (2, 2))
     chex.assert_shape(out, (1, 1, 2, 1))
     assert np.isnan(out[0, 0, 0, 0]) and out[0, 0, 1, 0] == 3.0
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_nan_anywhere_in_a_window_comes_through(rng, place):
+    window = np.array(rng.standard_normal(8), np.float32)
+    window[place] = np.nan
+    x = jnp.asarray(window.reshape(1, 2, 2, 2, 1))
+    y, back = jax.vjp(lambda x: resample.max_pool(x, (2, 2, 2)), x)
+    assert jnp.isnan(y.ravel()[0])
+    (gradient,) = back(jnp.ones_like(y))
+    np.testing.assert_array_equal(gradient.ravel(), np.arange(8) == place)
+
+
+@pytest.mark.xfail(reason="the selection and its zeros are kept, as large as the map")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_max_pool_keeps_a_byte_for_each_window(rng, dtype):
+    x = _random(rng, 2, 8, 6, 16).astype(dtype)
+    kept = jax.tree.leaves(jax.vjp(lambda x: resample.max_pool(x, (2, 2)), x)[1])
+    # Beside the numbers of the four places.
+    (places,) = (leaf for leaf in kept if leaf.size > 4)
+    assert places.dtype == jnp.uint8
+    assert places.size == x.size // 4
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_max_pool_keeps_the_type(rng, dtype):
+    x = _random(rng, 2, 4, 5, 3).astype(dtype)
+    y, back = jax.vjp(lambda x: resample.max_pool(x, (2, 2)), x)
+    expected = nn.max_pool(x.astype(jnp.float32), (2, 2), (2, 2))
+    assert y.dtype == back(y)[0].dtype == dtype
+    chex.assert_trees_all_equal(y.astype(jnp.float32), expected)
 
 
 @pytest.mark.parametrize("rank", [2, 3])
@@ -190,7 +287,7 @@ def _kit():
     return layers.Kit(
         conv=layers.conv_factory(padding="same", init=init, **options),
         dense=partial(nn.Dense, kernel_init=init, **options),
-        norm=layers.norm_factory("none", train=False),
+        norm=norms.norm_factory("none", train=False),
         act=layers.act_factory("relu"),
         excite=lambda name: lambda x: x,
         up_conv=partial(resample.up_convolution, dtype=jnp.float64),

@@ -20,10 +20,9 @@ from unet_jax.layers import (
     Kit,
     act_factory,
     align,
-    at_least_float32,
     crop,
-    norm_factory,
 )
+from unet_jax.norms import at_least_float32, norm_factory
 from unet_jax.resample import average_pool
 from unet_jax.types import Array, Shape
 
@@ -46,7 +45,7 @@ class ConvBlock(nn.Module):
         excite_input: Whether what comes in is re-weighed, too (the decoder of SMP).
         skipless: Whether no skip comes in; then that gate is built, as it is in SMP,
             and not used.
-        norm: Instead of the kit's, a name as for `unet_jax.layers.norm_factory`.
+        norm: Instead of the kit's, a name as for `unet_jax.norms.norm_factory`.
         act: Instead of the kit's, a name as for `unet_jax.layers.act_factory`.
         excite: Instead of the kit's, a name of `EXCITES`.
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.layers import Factory, Kit, at_least_float32
+from unet_jax.layers import Factory, Kit
+from unet_jax.norms import at_least_float32
 from unet_jax.types import Array, Shape
 
 

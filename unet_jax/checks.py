@@ -13,8 +13,9 @@ from unet_jax.blocks import BLOCKS, EXCITES
 from unet_jax.bottlenecks import BOTTLENECKS
 from unet_jax.decoders import DECODERS, FITS
 from unet_jax.encoders import ENCODERS
-from unet_jax.layers import INITIALISERS, PADDINGS, act_factory, norm_factory
+from unet_jax.layers import INITIALISERS, PADDINGS, act_factory
 from unet_jax.merges import MERGES
+from unet_jax.norms import norm_factory
 from unet_jax.resample import DOWNS, UPS
 from unet_jax.types import InputError, choose
 

@@ -31,13 +31,12 @@ from unet_jax.layers import (
     Factory,
     Kit,
     act_factory,
-    at_least_float32,
     conv_factory,
     crop,
-    norm_factory,
     per_axis,
 )
 from unet_jax.merges import MERGES
+from unet_jax.norms import at_least_float32, norm_factory
 from unet_jax.resample import DOWNS, UPS, nearest, up_convolution
 from unet_jax.types import (
     Array,
@@ -89,7 +88,7 @@ class UNet(nn.Module):
             where the block has a choice; (): the block's own number.
         decoder_units: Likewise of the decoder's levels, all but the coarsest.
         norm: ``batch`` | ``instance`` | ``group`` | ``none``; ``batch_unbiased`` and
-            ``instance_plain`` are PyTorch's (`unet_jax.layers.norm_factory`).
+            ``instance_plain`` are PyTorch's (`unet_jax.norms.norm_factory`).
         norm_groups: Groups of ``norm="group"``.
         order: In what order a block applies ``c``\\ onvolution, ``n``\\ orm and
             ``a``\\ ctivation.

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unet_jax import models
-from unet_jax.layers import GroupedNorm, UnbiasedBatchNorm, mirror
+from unet_jax.layers import mirror
 from unet_jax.models import UNet
 from unet_jax.normalisation import Stats, normalise
+from unet_jax.norms import EPSILON, BatchNorm, GroupedNorm
 from unet_jax.resample import UpConv, WideUpConv
 from unet_jax.torch_weights import Imported
 from unet_jax.torch_weights.tensors import structure
@@ -254,13 +255,14 @@ def _function(
                 return y.movedim(-1, 1)
 
             return linear
-        case nn.BatchNorm() | UnbiasedBatchNorm():
+        case BatchNorm():
             mean, var = tensors["running_mean"], tensors["running_var"]
-            eps = getattr(module, "epsilon", 1e-5)
-            return lambda x: F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+            return lambda x: F.batch_norm(
+                x, mean, var, weight, bias, False, 0.0, EPSILON
+            )
         case GroupedNorm():
             groups = module.groups or weight.shape[0]
-            return lambda x: F.group_norm(x, groups, weight, bias, 1e-5)
+            return lambda x: F.group_norm(x, groups, weight, bias, EPSILON)
         case nn.PReLU():
             return lambda x: F.prelu(x, weight)
     raise NotImplementedError(f"{type(module).__name__} has no counterpart here yet")

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unet_jax.layers import INITIALISERS, Factory, Kit, convolve, shifted
+from unet_jax.convolution import convolve, product
+from unet_jax.layers import INITIALISERS, Factory, Kit, shifted
 from unet_jax.types import Array, NumpyArray, Shape
 
 Taps = tuple[tuple[int, ...], tuple[int, ...]]
@@ -27,45 +28,76 @@ Taps = tuple[tuple[int, ...], tuple[int, ...]]
 # --- Down ----------------------------------------------------------------------------
 
 
-def _windows(x: Array, stride: Sequence[int]) -> list[Array]:
-    """The pixels of each place in windows of ``stride``; what is left over is dropped.
+def _windows(x: Array, stride: Sequence[int]) -> Array:
+    """``[B, *(S // window, window), C]``: pixels that no window holds are dropped.
 
     An axis shorter than its stride is left as it is.
     """
     window = [w if n >= w else 1 for n, w in zip(x.shape[1:-1], stride, strict=True)]
     pooled = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
     whole = tuple(slice(0, p * w) for p, w in zip(pooled, window, strict=True))
-    x = x[(slice(None), *whole)]
     split = [n for pair in zip(pooled, window, strict=True) for n in pair]
-    x = x.reshape(x.shape[0], *split, x.shape[-1])
-    places = [[i for o in at for i in (slice(None), o)] for at in np.ndindex(*window)]
-    return [x[(slice(None), *place)] for place in places]
+    return x[(slice(None), *whole)].reshape(x.shape[0], *split, x.shape[-1])
+
+
+def _places(windows: Array) -> list[Array]:
+    """The pixels of each place in the windows, in row-major order."""
+    places = np.ndindex(*windows.shape[2:-1:2])
+    whole = slice(None)
+    return [windows[(whole, *(i for o in at for i in (whole, o)))] for at in places]
+
+
+def _maximum(windows: Array) -> tuple[Array, Array]:
+    """The maximum of each window and the number of its first place, ``u8``."""
+    best, *others = _places(windows)
+    place = jnp.zeros(best.shape, jnp.uint8)
+    for number, value in enumerate(others, start=1):
+        # `value != value` lets a NaN through, as a maximum must
+        better = (value > best) | (value != value)
+        best = jnp.where(better, value, best)
+        place = jnp.where(better, jnp.uint8(number), place)
+    return best, place
+
+
+@jax.custom_jvp
+def _pooled(windows: Array) -> Array:
+    return _maximum(windows)[0]
+
+
+@_pooled.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    best, place = _maximum(*primals)
+    (windows,) = tangents
+    sides = range(2, windows.ndim - 1, 2)
+    # One selection and one sum, so that the way back is one selection, too.
+    number = np.arange(math.prod(windows.shape[a] for a in sides), dtype=np.uint8)
+    shape = [windows.shape[a] if a in sides else 1 for a in range(windows.ndim)]
+    here = jnp.expand_dims(place, tuple(sides)) == jnp.asarray(number.reshape(shape))
+    chosen = jnp.where(here, windows, 0)
+    return best, jnp.sum(chosen, tuple(sides), dtype=windows.dtype)
 
 
 def max_pool(x: Array, stride: Sequence[int]) -> Array:
     """Maximum over windows that do not overlap; an odd last row or column is dropped.
 
     Of equal maxima the first (in row-major order) receives the gradient, as in PyTorch.
-    Written as comparisons of slices because XLA's select-and-scatter, the gradient of
-    ``reduce_window``, is slow on CPU: conv, pool, conv at 128 x 128 x 32 and batch 4
-    takes 9 ms forward and backward this way and 27 ms with ``nn.max_pool``.
+    XLA's select-and-scatter, the gradient of ``reduce_window``, is slow on CPU: conv,
+    pool, conv at 128 x 128 x 32 and batch 4 takes 9 ms forward and backward this way
+    and 27 ms with ``nn.max_pool``. What is kept is a byte for each window.
 
     Args:
         x: ``[B, *S, C]``. An axis shorter than its window is left as it is.
-        stride: The window, a number for each axis.
+        stride: The window, a number for each axis, at most 256 pixels.
 
     Returns:
         ``[B, *(S // stride), C]``.
     """
-    best, *others = _windows(x, stride)
-    for value in others:  # `value != value` lets a NaN through, as a maximum must
-        best = jnp.where((value > best) | (value != value), value, best)
-    return best
+    return _pooled(_windows(x, stride))
 
 
 def average_pool(x: Array, stride: Sequence[int]) -> Array:
     """The mean over the same windows as `max_pool`."""
-    values = _windows(x, stride)
+    values = _places(_windows(x, stride))
     return sum(values[1:], values[0]) * jnp.asarray(1 / len(values), x.dtype)
 
 
@@ -238,7 +270,7 @@ class UpConv(nn.Module):
         shape = (*stride, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape, jnp.float32)
         kernel = jnp.moveaxis(kernel, -2, 0).reshape(x.shape[-1], -1)
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         y = depth_to_space(y.reshape(*x.shape[:-1], *stride, self.features), stride)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()

@@ -37,8 +37,9 @@ from unet_jax import models
 from unet_jax.blocks import SqueezeExcite
 from unet_jax.bottlenecks import Transformer
 from unet_jax.geometry import Axis
-from unet_jax.layers import GroupedNorm, mirror
+from unet_jax.layers import mirror
 from unet_jax.models import UNet
+from unet_jax.norms import GroupedNorm
 from unet_jax.tta import View
 from unet_jax.types import InputError, NumpyArray, PyTree, Shape
 
