@@ -23,7 +23,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from unet_jax import (
     members,
     normalisation,
     options,
+    programs,
     report,
     sharding,
     trials,
@@ -47,6 +48,7 @@ from unet_jax import (
 from unet_jax.books import HELD_UP, Batches, Books, announced, opened, short
 from unet_jax.checkpoint import stored_meta
 from unet_jax.cli.arguments import load, one_line
+from unet_jax.log import load_events
 from unet_jax.run import Run, build
 from unet_jax.training import TrainState
 from unet_jax.types import InputError, size_text
@@ -131,14 +133,41 @@ def interruptible() -> Iterator[list[str]]:
 
 
 def compile_step(run: Run, state: Any, batch: Any) -> Any:
-    """Compiles the training step ahead of time and prints what it costs."""
-    begin = time.perf_counter()
+    """The training step as a program, ahead of time; prints what it costs."""
     say("compiling the training step ...")
-    program = run.train_step.lower(state, batch).compile()
-    say(f"compiled in {time.perf_counter() - begin:.1f} s")
-    say(compiled.text(compiled.costs(program), devices=run.mesh.size))
+    program = programs.compiled(run.train_step, state, batch)
+    say(program.text())
+    say(compiled.text(compiled.costs(program.call), devices=run.mesh.size))
     distributed.wait("compiled")
-    return program
+    return program.call
+
+
+def early(run: Run) -> tuple[Run, Callable[[Any], None]]:
+    """The run, its training step being compiled from now on in a thread.
+
+    Returns:
+        The run, and what is to be told of the statistics of the first step, so that
+        the evaluation is compiled, in a thread too, from when they are there.
+    """
+    pmap = run.config["mesh"].get("pmap", False)
+    if pmap or jax.process_count() > 1:
+        # Processes take their turns in one order, and threads have none.
+        eval_step = announced(run.eval_step, say)
+        return dataclasses.replace(run, eval_step=eval_step), lambda _: None
+    training = programs.Early(run.train_step)
+    evaluation = programs.Early(run.eval_step)
+    training.begin(run.shapes, run.batch_shapes())
+
+    def shapes() -> tuple[Any, Any]:
+        load_events()
+        return run.shapes.variables, run.evaluation_shapes()
+
+    def meanwhile(stats: Any) -> None:
+        evaluation.begin_after(stats, shapes)
+
+    eval_step = announced(evaluation, say)
+    run = dataclasses.replace(run, train_step=training, eval_step=eval_step)
+    return run, meanwhile
 
 
 def train_and_evaluate(
@@ -172,7 +201,7 @@ def train_and_evaluate(
     stored = None if workdir is None else stored_meta(workdir)
     run = build(config, mesh, stored, say=say)
     _say_found(config, run.config)
-    run = dataclasses.replace(run, eval_step=announced(run.eval_step, say))
+    run, meanwhile = early(run)
     describe(run)
     if workdir is None:
         compile_step(run, run.shapes, run.batch_shapes())
@@ -185,7 +214,7 @@ def train_and_evaluate(
     ):
         if books.start:
             say(f"going on from step {books.start} of {workdir}")
-        loop(books, state, interrupted)
+        loop(books, state, interrupted, meanwhile)
     if distributed.is_main():
         say(f"curves: {report.curves(workdir)}")
     return books.results
@@ -277,8 +306,20 @@ def _say_found(asked: dict[str, Any], run: dict[str, Any]) -> None:
         say(f"model.remat = {run['model']['remat']}")
 
 
-def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
-    """Steps, logs, evaluates, decides and saves, in this order, until the end."""
+def loop(
+    books: Books,
+    state: TrainState,
+    interrupted: list[str],
+    meanwhile: Callable[[Any], None],
+) -> None:
+    """Steps, logs, evaluates, decides and saves, in this order, until the end.
+
+    Args:
+        books: Of the run.
+        state: Where it stands.
+        interrupted: Gets the name of a signal that is to stop it.
+        meanwhile: Is told of the first step's statistics.
+    """
     run, workdir = books.run, books.workdir
     train, total = run.config["train"], run.config["train"]["steps"]
     step = begin = int(state.step)
@@ -295,7 +336,8 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
             f" train.steps = {total}: use train.steps_per_call=1."
         )
     batches = Batches(run.placed_batches(step))
-    batch = next(batches)
+    with programs.waited("reading the first batch", say):
+        batch = next(batches)
     step_fn = compile_step(run, state, batch)
     books.begin()
     ask = max(min(train["log_every"] or ASK_EVERY, ASK_EVERY), 1)
@@ -306,6 +348,8 @@ def loop(books: Books, state: TrainState, interrupted: list[str]) -> None:
         stop = distributed.agreed(bool(interrupted))
         while step < total and not stop:
             state, stats = step_fn(state, batch)
+            if step == begin:
+                meanwhile(stats)
             batch = next(batches)
             step += run.steps_per_call
             bar.update(run.steps_per_call)
@@ -482,6 +526,10 @@ def main() -> int:
 
         def job() -> int:
             distributed.start(**command.processes)
+            if jax.process_count() == 1 or jax.default_backend() == "cpu":
+                # Processes with GPUs tune together, and one that found its program in
+                # a folder that the others do not see would have them wait for ever.
+                programs.keep()
             if command.trial:
                 return trial(command.trial, command.config, command.workdir)
             train_and_evaluate(command.config, command.workdir)
@@ -505,4 +553,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    programs.leave(main())

@@ -1,9 +1,14 @@
 """Whether the input keeps up with a GPU, and what memory a large folder takes.
 
     python -m benchmarks.input_pipeline --folder=/some/folder
+    python -m benchmarks.input_pipeline
 
-Makes a folder of 20,000 images of 512 x 512 and their masks as PNG (links to a few
-distinct files, so that it fits a disk; decoding costs the same), and measures
+Without a folder, the images a second of batches that are cut on the host and sent, and
+of images that are kept on the device (``train.resident``), in turn: of the input alone,
+until the batch is on the device, and of whole training steps.
+
+With one, it makes there 20,000 images of 512 x 512 and their masks as PNG (links to a
+few distinct files, so that it fits a disk; decoding costs the same), and measures
 
 1. how long a step of 50 ms and batch 8 waits for its images: a step that only sleeps,
    as the host does while a GPU computes, for one thread and for one a core;
@@ -24,10 +29,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
-from unet_jax import data
+import train
+from configs import default
+from unet_jax import data, resident, run, sharding
 from unet_jax.data.scene import Scene
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,13 +131,101 @@ def memory(root: Path, examples: int) -> None:
     print(f"peak memory of the run: {peak / 2**20:.2f} GB", flush=True)
 
 
+def wired(together: int, *, kept: bool, **changes: Any) -> run.Run:
+    """A run of the built-in cells, whose images are kept on the device or sent."""
+    flags = {
+        "model.features": (8, 16, 32),
+        "train.steps_per_call": together,
+        "train.resident": kept,
+    }
+    flags |= {f"train.{key}": 960 for key in ("steps", "log_every")}
+    flags |= {f"train.{key}_every": 960 for key in ("eval", "save")}
+    config = default.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({**flags, **changes})
+    made = run.build(train.chosen(config), sharding.make_mesh(1))
+    for i in range(len(made.dataset.train)):  # drawn once and kept in memory, as files
+        made.dataset.train[i]
+    return made
+
+
+def sent_or_kept(calls: list[int], rounds: int, seconds: float = 1.0) -> None:
+    """Images a second of both ways, in turn."""
+    sizes = {
+        "128 of 128, batch 8": {"train.crop": (128, 128), "train.batch_size": 8},
+        "256 of 512, batch 4": {"train.crop": (256, 256), "train.batch_size": 4}
+        | {"data.cells.size": (512, 512), "data.cells.examples": 40},
+    }
+    print(f"{'':24} steps a call {'images/s':>9} {'sent':>9} {'kept':>9} kept/sent")
+    for (name, changes), together in itertools.product(sizes.items(), calls):
+        ways = [wired(together, kept=kept, **changes) for kept in (False, True)]
+        images = together * changes["train.batch_size"]
+        alone = [_input(one, seconds) for one in ways]
+        steps = [_steps(one, seconds) for one in ways]
+        for what, timed in (("input", alone), ("step", steps)):
+            found = np.array([[next(one) for one in timed] for _ in range(rounds)])
+            sent, kept = images / np.median(found, 0)
+            ratio = np.median(found[:, 0] / found[:, 1])
+            line = f"{name:24} {together:12} {what:>9} {sent:9.0f} {kept:9.0f}"
+            print(f"{line} {ratio:9.3f}", flush=True)
+
+
+def _input(one: run.Run, seconds: float) -> Iterator[float]:
+    """Seconds a call until its batch is on the device, cut."""
+    batches = one.placed_batches(0)
+
+    def whole(batch: Any) -> Any:
+        kept = {"resident": batch["resident"]}
+        each = {key: x for key, x in batch.items() if key != "resident"}
+        return jax.lax.map(lambda rows: resident.cut({**kept, **rows}), each)
+
+    cut = jax.jit(whole if one.steps_per_call > 1 else resident.cut)
+
+    def call() -> Any:
+        batch = next(batches)
+        return cut(batch) if "resident" in batch else batch
+
+    yield from _timed(call, seconds)
+
+
+def _steps(one: run.Run, seconds: float) -> Iterator[float]:
+    """Seconds a call of the training step, batch and all."""
+    batches, state = one.placed_batches(0), [one.begin()]
+
+    def call() -> Any:
+        state[0], stats = one.train_step(state[0], next(batches))
+        return stats
+
+    yield from _timed(call, seconds)
+
+
+def _timed(call: Any, seconds: float) -> Iterator[float]:
+    """Seconds a call, of some each time, none of which waits for the one before."""
+    jax.block_until_ready(call())
+    while True:
+        begin, count, last = time.perf_counter(), 0, None
+        while time.perf_counter() - begin < seconds:
+            last, count = call(), count + 1
+            if count % 4 == 0:
+                jax.block_until_ready(last)
+        jax.block_until_ready(last)
+        yield (time.perf_counter() - begin) / count
+
+
 def main() -> None:
     """Runs it from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--together", type=int, nargs="+", default=[1, 8], help="steps a call"
+    )
     parser.add_argument("--examples", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=100)
     asked = parser.parse_args()
+    if asked.folder is None:
+        sent_or_kept(asked.together, asked.rounds)
+        return
     if not (asked.folder / "images").is_dir():
         begin = time.perf_counter()
         make(asked.folder, asked.examples)

@@ -209,6 +209,9 @@ def get_config() -> ConfigDict:
     train.crop = (128, 128)  # the net's input size in training
     train.foreground = 0.0  # part of the crops that hold foreground for certain
     train.threads = 0  # that read batches ahead; 0: one a core, at most 8
+    # Training images kept on the device and cropped there; None: on an accelerator of
+    # which they take at most a tenth.
+    train.resident = placeholder(bool)
     train.ema = 0.0  # decay of the parameters' average, 0 for none
     train.log_every = 10
     train.eval_every = 100

@@ -23,6 +23,7 @@ from unet_jax.checkpoint import Checkpoints, check_same_run
 from unet_jax.data import plan, skipped
 from unet_jax.evaluation import Progress, collapsed, score_of
 from unet_jax.log import Meter, RunLog, replace_file
+from unet_jax.programs import Early
 from unet_jax.run import Run
 from unet_jax.training import TrainState, is_due
 from unet_jax.types import InputError, size_text
@@ -49,7 +50,9 @@ def announced(eval_step: Callable[[Any, Any], Any], say: Say) -> Any:
         shape = batch["image"].shape
         if shape not in seen:
             seen.add(shape)
-            say(f"compiling the evaluation of {size_text(shape[1:-1])} ...")
+            there = isinstance(eval_step, Early) and eval_step.ready(variables, batch)
+            if not there:
+                say(f"compiling the evaluation of {size_text(shape[1:-1])} ...")
         return eval_step(variables, batch)
 
     return step

@@ -9,12 +9,14 @@ one had logged after the checkpoint it goes on from.
 import collections
 import csv
 import errno
+import importlib
 import io
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -190,6 +192,11 @@ class _Events:
             self._writer.close()
 
 
+def load_events() -> None:
+    """Imports what the first TensorBoard event needs, which takes a second and more."""
+    importlib.import_module("tensorboardX.event_file_writer")
+
+
 class RunLog:
     """Appends what a run measures to its CSV files and TensorBoard events.
 
@@ -224,7 +231,15 @@ class RunLog:
             )
             for kind in get_args(Kind)
         }
-        self._events = _Events(folder / EVENTS, resume_step=resume_step)
+        # When there is something to write: see `load_events`.
+        self._open = partial(_Events, folder / EVENTS, resume_step=resume_step)
+        self._opened: _Events | None = None
+
+    @property
+    def _events(self) -> _Events:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
 
     def scalars(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         """Adds a row to ``<kind>.csv`` and the same numbers to TensorBoard.
@@ -253,8 +268,8 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the event file; nothing is written afterwards."""
-        if not self._silent:
-            self._events.close()
+        if not self._silent and self._opened is not None:
+            self._opened.close()
 
 
 class Meter:

@@ -35,6 +35,7 @@ class Train(TypedDict):
     steps_per_call: NotRequired[int]
     foreground: NotRequired[float]
     threads: NotRequired[int]
+    resident: NotRequired[bool]
     alarm: NotRequired[int]
 
 
@@ -121,6 +122,14 @@ def check(config: Mapping[str, Any], *, whole: bool = True) -> None:
     model = config.get("model", {})
     if whole and not model.get("name") and not model.get("weights"):
         raise InputError("model.name is missing: give it, such as 'unet'.")
+    members = config.get("members", {})
+    if config["train"].get("resident") and (
+        members.get("folds", 0) or members.get("seeds", 0)
+    ):
+        raise InputError(
+            "train.resident = True does not go with members, which are sent their"
+            " batches side by side: leave out train.resident, or train them one by one."
+        )
     check_data(config["data"])
 
 

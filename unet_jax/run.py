@@ -6,7 +6,6 @@ goes to the builder of the same name as keyword arguments.
 
 import dataclasses
 import hashlib
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from unet_jax import (
     normalisation,
     optim,
     options,
+    resident,
     sharding,
     transfer,
 )
@@ -67,6 +67,7 @@ class Run:
     train_step: Any  # (state, batch) -> (state, stats), jitted
     eval_step: Any  # (variables, batch) -> stats, jitted
     shapes: TrainState  # of the state, with where each part of it lies
+    kept: resident.Kept  # () -> the training set on the devices, or None
     step_with: Any  # normalisation -> one training step of one batch, not jitted
     evaluation_with: Any  # normalisation -> the evaluation step, not jitted
 
@@ -84,35 +85,53 @@ class Run:
         where = jax.tree.map(lambda x: x.sharding, self.shapes)
         return jax.device_put(state, where)
 
-    def train_batches(self, start: int) -> Iterator[Batch]:
-        """A batch a step from step ``start`` on, this process's rows of it."""
+    def _crops(self) -> dict[str, Any]:
+        """What decides the crops of the training."""
         train = self.config["train"]
+        return {
+            "seed": self.config["seed"],
+            "batch_size": train["batch_size"],
+            "crop": train["crop"],
+            "margin": models.margin(self.model, self.dataset.rank),
+            "foreground": train.get("foreground", 0.0),
+        }
+
+    def train_batches(self, start: int, *, together: int = 1) -> Iterator[Batch]:
+        """A batch a step from step ``start`` on, this process's rows of it.
+
+        Args:
+            start: Updates done.
+            together: Steps of which the batches come as one, with an axis of steps.
+        """
+        batch_size = self.config["train"]["batch_size"]
         return data.train_batches(
             self.dataset.train,
-            seed=self.config["seed"],
-            batch_size=train["batch_size"],
-            crop=train["crop"],
-            margin=models.margin(self.model, self.dataset.rank),
+            **self._crops(),
             start=start,
-            rows=sharding.own_rows(self.mesh, train["batch_size"]),
-            foreground=train.get("foreground", 0.0),
-            threads=read_threads(self.config, self.batch_bytes()),
+            rows=sharding.own_rows(self.mesh, batch_size),
+            together=together,
+            threads=read_threads(self.config, _bytes(self._sent_shapes())),
         )
 
     def batch_shapes(self) -> Any:
-        """What ``train_step`` takes, as shapes with where they lie; reads one crop."""
+        """What ``train_step`` takes, as shapes with where they lie.
+
+        Reads one crop, or, where they are kept on the device, all examples.
+        """
+        sent = self._sent_shapes()
+        if (kept := self.kept()) is None:
+            return sent
+        batch_size, together = self.config["train"]["batch_size"], self.steps_per_call
+        return resident.shapes(
+            kept, self.mesh, batch_size=batch_size, together=together
+        )
+
+    def _sent_shapes(self) -> Any:
+        """The shapes of batches that are cut on the host; reads one crop."""
         train, mesh = self.config["train"], self.mesh
         rows, count = train["batch_size"], self.steps_per_call
-        one = next(
-            data.train_batches(
-                self.dataset.train,
-                seed=0,
-                batch_size=1,
-                crop=train["crop"],
-                margin=models.margin(self.model, self.dataset.rank),
-                threads=0,
-            )
-        )
+        asked = {**self._crops(), "batch_size": 1, "foreground": 0.0}
+        one = next(data.train_batches(self.dataset.train, **asked, threads=0))
         pmap = self.config.get("mesh", {}).get("pmap", False)
 
         def shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -129,13 +148,29 @@ class Run:
 
         return jax.tree.map(shape, one)
 
+    def evaluation_shapes(self) -> Any:
+        """What ``eval_step`` takes first, as shapes; reads one example."""
+        mesh, rows = self.mesh, self.config["train"]["eval_batch_size"]
+        pads = partial(models.pads, self.model, space=mesh.shape["space"])
+        source = self.dataset.evaluation
+        one = next(data.eval_batches(source, batch_size=1, pads=pads, threads=0))
+
+        def shape(x: Any) -> jax.ShapeDtypeStruct:
+            size = (sharding.round_up(mesh, rows), *x.shape[1:])
+            if x.ndim > 1:
+                size = (size[0], size[1] + -size[1] % mesh.shape["space"], *size[2:])
+            at = sharding.split(mesh, len(size))
+            return jax.ShapeDtypeStruct(size, x.dtype, sharding=at)
+
+        return jax.tree.map(shape, one)
+
     def batch_bytes(self) -> int:
-        """What a batch takes of a device; `sharding.prefetch` holds a few."""
-        shapes = jax.tree.leaves(self.batch_shapes())
-        return sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in shapes
-        )
+        """What a batch takes of a device, of which a few wait there.
+
+        The examples that are kept there are not of a batch.
+        """
+        shapes = self.batch_shapes()
+        return _bytes({key: x for key, x in shapes.items() if key != "resident"})
 
     def _evaluation_bytes(self, batch_size: int) -> int:
         """What a batch of the evaluation takes of the host, by its first example."""
@@ -151,10 +186,16 @@ class Run:
 
     def placed_batches(self, start: int) -> Iterator[Any]:
         """What ``train_step`` takes, from step ``start`` on, on the mesh."""
-        batches: Iterator[Any] = self.train_batches(start)
-        stacked, mesh = self.steps_per_call > 1, self.mesh
-        if stacked:
-            batches = _stacked(batches, self.steps_per_call)
+        together, mesh = self.steps_per_call, self.mesh
+        stacked = together > 1
+        if (kept := self.kept()) is not None:
+            asked = self._crops()
+            read = data.crop_reader(self.dataset.train, np.asarray(kept.size), **asked)
+            # Examples are only read to find the foreground in them.
+            threads = read_threads(self.config, 0) if asked["foreground"] else 0
+            crops = data.endless(read, start=start, together=together, threads=threads)
+            return resident.placed(crops, kept, mesh, stacked=stacked)
+        batches: Iterator[Any] = self.train_batches(start, together=together)
         if self.config.get("mesh", {}).get("pmap", False):
             batches = map(partial(_dealt, devices=mesh.size), batches)
         return sharding.prefetch(batches, mesh, stacked=stacked)
@@ -195,10 +236,12 @@ def read_threads(config: dict[str, Any], batch_bytes: int) -> int:
     return config["train"].get("threads", 0) or min(os.cpu_count() or 1, 8, most)
 
 
-def _stacked(batches: Iterator[Batch], count: int) -> Iterator[Any]:
-    """``count`` batches as one, with an axis of steps first."""
-    while group := list(itertools.islice(batches, count)):
-        yield jax.tree.map(lambda *rows: np.stack(rows), *group)
+def _bytes(shapes: Any) -> int:
+    """What arrays of these shapes take of a device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(shapes)
+    )
 
 
 def _dealt(batch: Batch, *, devices: int) -> Any:
@@ -298,7 +341,15 @@ def build(
     feasible.check_depth(net.model, train["crop"])
     feasible.check_space(net.model, train["crop"], mesh)
     stats = _normalisation(config, dataset, stored)
-    compose = partial(_compose, mesh=mesh, dataset=dataset, stats=stats)
+    kept = resident.Kept(
+        dataset.train,
+        crop=train["crop"],
+        mesh=mesh,
+        wanted=resident.wanted(config, mesh),
+        threads=partial(read_threads, config),
+        say=say,
+    )
+    compose = partial(_compose, mesh=mesh, dataset=dataset, stats=stats, kept=kept)
     if batch_size and remat >= 0:
         return compose(trial, net)
     if not batch_size and remat < 0:
@@ -401,6 +452,7 @@ def _compose(
     mesh: jax.sharding.Mesh,
     dataset: data.Dataset,
     stats: dict[str, Any],
+    kept: resident.Kept,
 ) -> Run:
     """The run of a config in which nothing is left to find."""
     task, train = config["task"], config["train"]
@@ -466,7 +518,8 @@ def _compose(
             **options,
         )
     else:
-        step = step_with(stats)
+        # Where the augmentation gathers pixels, images need not be parted before it.
+        step = resident.with_crops(step_with(stats), whole=augment_fn is not None)
         if train.get("steps_per_call", 1) > 1:
             step = several(step)
         train_step = jax.jit(
@@ -485,7 +538,8 @@ def _compose(
         start=net.start,
         init=jax.jit(init, out_shardings=where, compiler_options=quick),
         train_step=train_step,
-        eval_step=jit_eval_step(evaluation_with(stats), mesh),
+        eval_step=jit_eval_step(resident.with_crops(evaluation_with(stats)), mesh),
+        kept=kept,
         step_with=step_with,
         evaluation_with=evaluation_with,
         shapes=jax.tree.map(

@@ -302,11 +302,18 @@ def several(step: Step) -> Step:
 
     Returns:
         ``(state, batches) -> (state, stats)``: every array of the batches has an axis
-        of steps first, and so have the stats.
+        of steps first, and so have the stats; but for ``batches["resident"]``, the
+        examples that all crops are cut from (`unet_jax.resident`).
     """
 
     def steps(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, Array]]:
-        return jax.lax.scan(step, state, batches)
+        each = dict(batches)
+        kept = {"resident": each.pop("resident")} if "resident" in each else {}
+
+        def one(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+            return step(state, {**kept, **batch})
+
+        return jax.lax.scan(one, state, each)
 
     return steps
 

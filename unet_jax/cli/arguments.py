@@ -254,8 +254,14 @@ def read_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def say_devices(file: Any) -> None:
-    """The first line: which backend, which device, how many."""
+    """The first line: which backend, which device, how many.
+
+    Of a command that will compile, so that its programs are kept from here on.
+    """
     import jax
 
+    from unet_jax import programs
+
+    programs.keep()
     kind, count = jax.devices()[0].device_kind, len(jax.devices())
     print(f"{jax.default_backend()}: {kind}, {count} device(s)", file=file, flush=True)

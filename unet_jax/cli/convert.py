@@ -149,11 +149,12 @@ def _check(found: Any, meta: "Meta", arguments: argparse.Namespace) -> bool:
     """Prints the comparison with PyTorch; whether all layers agree."""
     import jax
 
-    from unet_jax import feature_sheet, parity
+    from unet_jax import feature_sheet, parity, programs
     from unet_jax.predict import Predictor
     from unet_jax.types import size_text
 
     there = parity.torch()
+    programs.keep()
     predictor = Predictor.from_model(found.model, found.variables, meta)
     image = feature_sheet.read(predictor, arguments.check)
     pixels = predictor.prepare(image, name=arguments.check)

@@ -14,7 +14,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from unet_jax.data.batches import eval_batches, train_batches
+from unet_jax.data.ahead import endless
+from unet_jax.data.batches import crop_reader, eval_batches, train_batches
 from unet_jax.data.border import Bordered
 from unet_jax.data.keeping import Mapped, Skipping, skipped
 from unet_jax.data.plan import plan
@@ -33,6 +34,8 @@ __all__ = [
     "Dataset",
     "Source",
     "build",
+    "crop_reader",
+    "endless",
     "eval_batches",
     "plan",
     "skipped",
@@ -187,7 +190,8 @@ def build(
         sources = [Skipping(part, like) for part in sources]
     parts = [Labelled(part, task=task) for part in sources]
     dtypes = {part[0]["image"].dtype for part in parts}
-    if sum(map(len, parts)) <= CHECK_AT_OPENING:
+    # What is drawn cannot be bad, and to draw it takes longer than to read it.
+    if source != "cells" and sum(map(len, parts)) <= CHECK_AT_OPENING:
         # A bad file of a small data set is found before the training and not in it.
         with ThreadPoolExecutor(4) as pool:
             for part in parts:

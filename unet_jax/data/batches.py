@@ -1,10 +1,9 @@
 """Batches of examples: random crops for training, whole images for evaluation.
 
-grain runs the work in threads and hands it on in order. Its shuffle, seed, repeat and
-checkpoint are not used: which examples a step sees is ``plan``'s affair alone.
+What decides a crop is one function, whether it is cut here (`train_reader`) or on a
+device that keeps the examples (`crop_reader`, `unet_jax.resident`).
 """
 
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +11,10 @@ from typing import cast
 
 import numpy as np
 
+from unet_jax.data.ahead import endless, joined, run
+from unet_jax.data.cutting import Arrays, cut
 from unet_jax.data.plan import aims, plan
 from unet_jax.data.source import Source
-from unet_jax.layers import mirror
 from unet_jax.types import (
     Batch,
     Example,
@@ -24,9 +24,6 @@ from unet_jax.types import (
     Shape,
     size_text,
 )
-
-Arrays = dict[str, NumpyArray]
-"""an example with its weight"""
 
 
 def train_reader(
@@ -69,6 +66,93 @@ def train_reader(
         InputError: no example at all, a crop of another rank than the images, one
             larger than every image, or a part that is none.
     """
+    crops = _decided(
+        source,
+        seed=seed,
+        batch_size=batch_size,
+        crop=crop,
+        margin=margin,
+        rows=rows,
+        foreground=foreground,
+    )
+
+    def read(step: int) -> Batch:
+        index, examples = [], []
+        for i, begin, example in crops(step):
+            index.append(i)
+            examples.append(cut(cast(Example, example), begin, crop))
+        return _stack(examples, np.asarray(index))
+
+    return read
+
+
+def crop_reader(
+    source: Source,
+    sizes: NumpyArray,
+    *,
+    seed: int,
+    batch_size: int,
+    crop: Shape,
+    margin: int | Shape = 0,
+    foreground: float = 0.0,
+) -> Callable[[int], Arrays]:
+    """Which crops `train_reader` would cut, for examples that somebody else keeps.
+
+    Args:
+        source: as for `train_reader`; only examples at whose foreground a crop is aimed
+            are read.
+        sizes: ``[N, rank]``, the spatial size of every example.
+        seed, batch_size, crop, margin, foreground: as for `train_reader`.
+
+    Returns:
+        From a number, 0 or more, to ``{"index": i32[B], "begin": i32[B, rank]}``: the
+        example, and its pixel at which the crop begins, which lies outside of it
+        (below 0) where the crop begins in its mirror image.
+
+    Raises:
+        InputError: as for `train_reader`.
+    """
+    crops = _decided(
+        source,
+        seed=seed,
+        batch_size=batch_size,
+        crop=crop,
+        margin=margin,
+        foreground=foreground,
+        sizes=[tuple(size) for size in sizes.tolist()],
+    )
+
+    def read(step: int) -> Arrays:
+        decided = [(i, begin) for i, begin, _ in crops(step)]
+        return {
+            "index": np.array([i for i, _ in decided], np.int32),
+            "begin": np.array([begin for _, begin in decided], np.int32),
+        }
+
+    return read
+
+
+def _decided(
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    crop: Shape,
+    margin: int | Shape = 0,
+    rows: slice | NumpyArray = slice(None),
+    foreground: float = 0.0,
+    sizes: Sequence[Shape] | None = None,
+) -> Callable[[int], Iterator[tuple[int, Shape, Example | None]]]:
+    """What decides the crops of a step, wherever they are cut.
+
+    Args:
+        source, seed, batch_size, crop, margin, rows, foreground: as for `train_reader`.
+        sizes: of every example, where it need not be read; None reads them all.
+
+    Returns:
+        From a step to its rows, one after another: the example's number, the pixel of
+        it at which the crop begins, and the example, if it had to be read.
+    """
     margins = (margin,) * len(crop) if isinstance(margin, int) else tuple(margin)
     _check_crop(source, crop, margins)
     if not 0 <= foreground <= 1:
@@ -76,10 +160,9 @@ def train_reader(
             f"train.foreground = {foreground} must be from 0 to 1: it is the part of "
             "the crops that hold foreground for certain."
         )
-
     aimed_at = _Foreground()
 
-    def read(step: int) -> Batch:
+    def crops(step: int) -> Iterator[tuple[int, Shape, Example | None]]:
         index, offset = plan(
             seed,
             step,
@@ -89,18 +172,22 @@ def train_reader(
         )
         aim = aims(seed, step, batch_size=batch_size)
         aimed = aim[rows, 0] < foreground
-        examples = []
         draws = zip(
             index[rows].tolist(), offset[rows], aim[rows, 1:], aimed, strict=True
         )
         for i, at, where, wanted in draws:
-            example = source[i]
-            arrays = cast(Arrays, example)
-            target = aimed_at.pixel(i, arrays, where) if wanted else None
-            examples.append(_random_crop(example, crop, margins, at, target))
-        return _stack(examples, index[rows])
+            example, target = None, None
+            if wanted or sizes is None:
+                example = source[i]
+            if wanted:
+                target = aimed_at.pixel(i, cast(Arrays, example), where)
+            if sizes is not None:
+                size = sizes[i]
+            else:
+                size = cast(Example, example)["image"].shape[:-1]
+            yield i, _begin(size, crop, margins, at.tolist(), target), example
 
-    return read
+    return crops
 
 
 def train_batches(
@@ -113,6 +200,7 @@ def train_batches(
     start: int = 0,
     rows: slice | NumpyArray = slice(None),
     foreground: float = 0.0,
+    together: int = 1,
     threads: int = 2,
 ) -> Iterator[Batch]:
     """Endless training batches: those of `train_reader`, one after another.
@@ -120,6 +208,8 @@ def train_batches(
     Args:
         source, seed, batch_size, crop, margin, rows, foreground: as for `train_reader`.
         start: the first batch's number. Resuming at step k is ``start=k``.
+        together: of more than 1, so many batches come as one whose arrays have an axis
+            of batches first.
         threads: how many read batches ahead; 0 reads in the caller's thread.
 
     Raises:
@@ -135,7 +225,7 @@ def train_batches(
         rows=rows,
         foreground=foreground,
     )
-    return _run(read, sys.maxsize, start, threads)
+    return endless(read, start=start, together=together, threads=threads)
 
 
 def side_by_side(
@@ -153,15 +243,9 @@ def side_by_side(
     """
 
     def read(step: int) -> Batch:
-        batches = [reader(step) for reader in readers]
-        return {
-            "image": np.stack([batch["image"] for batch in batches]),
-            "label": np.stack([batch["label"] for batch in batches]),
-            "weight": np.stack([batch["weight"] for batch in batches]),
-            "index": np.stack([batch["index"] for batch in batches]),
-        }
+        return joined([reader(step) for reader in readers])
 
-    return _run(read, sys.maxsize, start, threads)
+    return run(read, sys.maxsize, start, threads)
 
 
 def eval_batches(
@@ -211,13 +295,16 @@ def eval_batches(
         for i in index[rows].tolist():
             # A filling row needs the shape of its batch, which the first row has.
             example = source[batches[number][0] if i < 0 else i]
-            arrays = _extend(example, pads(example["image"].shape[:-1]))
+            size = example["image"].shape[:-1]
+            ends = pads(size)
+            padded = tuple(n + sum(pad) for n, pad in zip(size, ends, strict=True))
+            arrays = cut(example, [-before for before, _ in ends], padded)
             if i < 0:
                 arrays = {key: np.zeros_like(array) for key, array in arrays.items()}
             examples.append(arrays)
         return _stack(examples, index[rows])
 
-    return _run(read, len(batches), 0, threads)
+    return run(read, len(batches), 0, threads)
 
 
 def _check_crop(source: Source, crop: Shape, margins: Shape) -> None:
@@ -299,66 +386,35 @@ def _thinned(pixels: NumpyArray, most: int) -> NumpyArray:
     return pixels[np.linspace(0, len(pixels) - 1, most).astype(np.int64)]
 
 
-def _random_crop(
-    example: Example,
+def _begin(
+    size: Shape,
     crop: Shape,
     margins: Shape,
-    offset: NumpyArray,
+    offset: Sequence[float],
     target: Sequence[int] | None = None,
-) -> Arrays:
-    """A crop anywhere, or one of which the part that has labels holds a pixel."""
-    size = example["image"].shape[:-1]
-    pads, begins = [], []
-    for axis, (n, c, m) in enumerate(zip(size, crop, margins, strict=True)):
-        at = float(offset[axis])
+) -> Shape:
+    """The pixel at which a crop begins: anywhere, or such that it holds a pixel.
+
+    Args:
+        size: of the example.
+        crop, margins: a number for each axis.
+        offset: in [0, 1), where among those that there are.
+        target: a pixel that the part of the crop that has labels should hold.
+
+    Returns:
+        A number for each axis, below 0 in the mirror image.
+    """
+    begins = []
+    for axis, (n, c, m, at) in enumerate(zip(size, crop, margins, offset, strict=True)):
         short = max(c - n - 2 * m, 0)
-        pads.append((m + short // 2, m + short - short // 2))
-        last = n + 2 * m + short - c
+        before, last = m + short // 2, n + 2 * m + short - c
         if target is None:
-            begins.append(math.floor(at * (last + 1)))
+            begins.append(math.floor(at * (last + 1)) - before)
             continue
         # A net with valid padding labels what is at least a margin from the edges.
-        before = m + math.floor(at * (c - 2 * m))
-        begins.append(min(max(target[axis] + pads[-1][0] - before, 0), last))
-    return _extend(example, tuple(pads), begins, crop)
-
-
-def _extend(
-    example: Example,
-    pads: Pads,
-    begins: Sequence[int] | None = None,
-    crop: Shape | None = None,
-) -> Arrays:
-    """Mirrors by ``pads``, then crops; never makes more of the extension than is kept.
-
-    It is the pixels' numbers that are mirrored, one short vector an axis, and not a
-    whole volume of which a crop would keep a hundredth.
-    """
-    size = example["image"].shape[:-1]
-    picks, inside = [], []
-    for axis, (n, pad) in enumerate(zip(size, pads, strict=True)):
-        pick = mirror(np.arange(n), (pad,), axis=0)
-        real = np.arange(-pad[0], n + pad[1])
-        real = (real >= 0) & (real < n)
-        if begins is not None and crop is not None:
-            window = slice(begins[axis], begins[axis] + crop[axis])
-            pick, real = pick[window], real[window]
-        picks.append(pick)
-        inside.append(real)
-    arrays = {key: _take(array, picks) for key, array in cast(Arrays, example).items()}
-    if not all(map(np.all, inside)):
-        frame = functools.reduce(np.logical_and.outer, inside)
-        weight = arrays["weight"]
-        frame = frame.reshape(frame.shape + (1,) * (weight.ndim - frame.ndim))
-        arrays["weight"] = np.where(frame, weight, np.float32(0))
-    return arrays
-
-
-def _take(array: NumpyArray, picks: Sequence[NumpyArray]) -> NumpyArray:
-    if all(np.all(np.diff(pick) == 1) for pick in picks):
-        # Slices copy nothing, and are most of what training asks for.
-        return array[tuple(slice(int(pick[0]), int(pick[-1]) + 1) for pick in picks)]
-    return array[np.ix_(*picks)]
+        ahead = m + math.floor(at * (c - 2 * m))
+        begins.append(min(max(target[axis] + before - ahead, 0), last) - before)
+    return tuple(begins)
 
 
 def _stack(examples: Sequence[Arrays], index: NumpyArray) -> Batch:
@@ -368,29 +424,3 @@ def _stack(examples: Sequence[Arrays], index: NumpyArray) -> Batch:
         "weight": np.stack([example["weight"] for example in examples]),
         "index": index.astype(np.int32),
     }
-
-
-class _Batches:
-    """What grain wants to read from: a length, and item i."""
-
-    def __init__(self, read: Callable[[int], Batch], count: int) -> None:
-        self.read, self.count = read, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.read(index)
-
-
-def _run(
-    read: Callable[[int], Batch], count: int, start: int, threads: int
-) -> Iterator[Batch]:
-    if threads == 0:
-        return map(read, range(start, count))
-    import grain
-
-    # A small buffer: grain's default of 64 batches is slow to begin and large.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-    batches = grain.MapDataset.source(_Batches(read, count))[start:]
-    return iter(batches.to_iter_dataset(options))
