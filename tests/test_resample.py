@@ -113,7 +113,6 @@ def test_a_nan_anywhere_in_a_window_comes_through(rng, place):
     np.testing.assert_array_equal(gradient.ravel(), np.arange(8) == place)
 
 
-@pytest.mark.xfail(reason="the selection and its zeros are kept, as large as the map")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_max_pool_keeps_a_byte_for_each_window(rng, dtype):
     x = _random(rng, 2, 8, 6, 16).astype(dtype)

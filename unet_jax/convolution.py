@@ -11,7 +11,6 @@ such a form that its transpose is the program that is wanted (`_derivative`), so
 every transformation of JAX goes on working, in both directions and any number of times.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,19 +52,34 @@ def convolve(
         y = jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
         return sharding.constrain(y)
 
-    sizes = [n + sum(pad) for n, pad in zip(x.shape[1:-1], pads, strict=True)]
-    fits = all(n >= taps for n, taps in zip(sizes, kernel.shape, strict=False))
-    # A map without channels, or smaller than the kernel, has nothing to fold; and one
-    # whose slices or rows lie on several devices would be gathered.
-    if sharding.parts("space") > 1 or not x.size or not fits or rank not in (2, 3):
+    if not _quick(x, kernel, pads):
         return plain(x, kernel)
     precision = options.get("precision")
-    if set(strides) == {1} and sharding.parts("data") == 1 and math.prod(kernel.shape):
+    if set(strides) == {1} and sharding.parts("data") == 1:
         return _of_stride_one(pads, precision, x, kernel)
     if rank == 2:
         return plain(x, kernel)
     quick = partial(_of_volumes, strides, pads, precision)
     return jax.lax.platform_dependent(x, kernel, cpu=quick, default=plain)
+
+
+def _quick(x: Array, kernel: Array, pads: Pads) -> bool:
+    """Whether there is another way than `jax.lax`'s for these shapes, here."""
+    rank, taps = x.ndim - 2, kernel.shape[: x.ndim - 2]
+    # Of no channels, or a map smaller than the kernel, there is nothing to fold; what
+    # lies on several devices would be gathered; and rows of padding that no tap sees
+    # beside the image would be taken for rows of another.
+    return (
+        rank in (2, 3)
+        and sharding.parts("space") == 1
+        and x.size > 0
+        and kernel.size > 0
+        and all(0 <= p < t for pad, t in zip(pads, taps, strict=True) for p in pad)
+        and all(
+            n + sum(pad) >= t
+            for n, pad, t in zip(x.shape[1:-1], pads, taps, strict=True)
+        )
+    )
 
 
 def product(x: Array, kernel: Array) -> Array:
@@ -75,7 +89,7 @@ def product(x: Array, kernel: Array) -> Array:
     the last of several axes XLA on a CPU takes the kernel's gradient of a transposed
     copy of the map.
     """
-    if sharding.parts("data") * sharding.parts("space") > 1:
+    if sharding.parts("data") * sharding.parts("space") > 1 or not x.size:
         return jnp.dot(x, kernel)
     y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -294,7 +308,9 @@ def _in_blocks(pad: tuple[int, int], precision: Any, x: Array, dkernel: Array) -
     x = jnp.pad(x, ((0, 0), (0, 0), pad, (0, 0))) if any(pad) else x
     valid = x.shape[1] - taps + 1
     row_bytes = x.shape[2] * max(dkernel.shape[2:]) * x.dtype.itemsize
-    count = min(-(-valid * row_bytes // BLOCK), BLOCKS)
+    # Blocks are added up in their own type, which bfloat16 would lose digits by.
+    most = BLOCKS if x.dtype.itemsize >= 4 else 1
+    count = min(-(-valid * row_bytes // BLOCK), most)
     step = -(-valid // count)
     blocks = [
         _conv(

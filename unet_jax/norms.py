@@ -67,9 +67,13 @@ def mean_of(
         axes: Of the mean, among them the last spatial one.
         columns: How many; they divide the last spatial axis.
     """
-    count = math.prod(maps[0].shape[axis] for axis in axes)
     if columns == 1:
-        return jnp.mean(function(*maps), tuple(axes), keepdims=True)
+        # One axis after the other, which keeps more digits than all at once.
+        mean = function(*maps)
+        for axis in sorted(axes, reverse=True):
+            mean = jnp.mean(mean, axis, keepdims=True)
+        return mean
+    count = math.prod(maps[0].shape[axis] for axis in axes)
     width = maps[0].shape[-2] // columns
     total = None
     for begin in range(0, maps[0].shape[-2], width):

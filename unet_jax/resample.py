@@ -48,14 +48,15 @@ def _places(windows: Array) -> list[Array]:
 
 
 def _maximum(windows: Array) -> tuple[Array, Array]:
-    """The maximum of each window and the number of its first place, ``u8``."""
+    """The maximum of each window, and the number of its first place, small integers."""
     best, *others = _places(windows)
-    place = jnp.zeros(best.shape, jnp.uint8)
+    kind = np.min_scalar_type(len(others))
+    place = jnp.zeros(best.shape, kind)
     for number, value in enumerate(others, start=1):
         # `value != value` lets a NaN through, as a maximum must
         better = (value > best) | (value != value)
         best = jnp.where(better, value, best)
-        place = jnp.where(better, jnp.uint8(number), place)
+        place = jnp.where(better, jnp.asarray(number, kind), place)
     return best, place
 
 
@@ -67,14 +68,19 @@ def _pooled(windows: Array) -> Array:
 @_pooled.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     best, place = _maximum(*primals)
-    (windows,) = tangents
-    sides = range(2, windows.ndim - 1, 2)
-    # One selection and one sum, so that the way back is one selection, too.
-    number = np.arange(math.prod(windows.shape[a] for a in sides), dtype=np.uint8)
-    shape = [windows.shape[a] if a in sides else 1 for a in range(windows.ndim)]
-    here = jnp.expand_dims(place, tuple(sides)) == jnp.asarray(number.reshape(shape))
-    chosen = jnp.where(here, windows, 0)
-    return best, jnp.sum(chosen, tuple(sides), dtype=windows.dtype)
+    sides = tuple(range(2, best.ndim * 2 - 3, 2))
+
+    def picked(place: Array, windows: Array) -> Array:
+        # One selection and one sum, so that the way back is one selection, too.
+        shape = [n if a in sides else 1 for a, n in enumerate(windows.shape)]
+        numbers = np.arange(np.prod(shape), dtype=place.dtype).reshape(shape)
+        here = jnp.expand_dims(place, sides) == jnp.asarray(numbers)
+        chosen = jnp.where(here, windows, jnp.zeros((), windows.dtype))
+        return jnp.sum(chosen, sides, dtype=windows.dtype)
+
+    # Where the maximum is, as large as the map, is found again on the way back.
+    again = jax.checkpoint(picked, prevent_cse=False)
+    return best, again(place, *tangents)
 
 
 def max_pool(x: Array, stride: Sequence[int]) -> Array:
@@ -87,7 +93,7 @@ def max_pool(x: Array, stride: Sequence[int]) -> Array:
 
     Args:
         x: ``[B, *S, C]``. An axis shorter than its window is left as it is.
-        stride: The window, a number for each axis, at most 256 pixels.
+        stride: The window, a number for each axis.
 
     Returns:
         ``[B, *(S // stride), C]``.
