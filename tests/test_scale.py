@@ -18,8 +18,8 @@ from unet_jax.checkpoint import load_for_inference
 
 WORKER = Path(__file__).parent / "scale_worker.py"
 NETS = {
-    # Smooth: with ReLUs one pixel is within rounding of 0 at the first step, and whether
-    # its gradient is let through is a thousandth of every kernel's.
+    # Smooth: with ReLUs one pixel is within rounding of 0 at the first step, and
+    # whether its gradient is let through is a thousandth of every kernel's.
     "bilinear": {"model.up": "bilinear", "model.act": "silu"},
     "valid": {"model.padding": "valid", "train.crop": [48, 48]},
     "unetpp": {"model.name": "unetpp"},
