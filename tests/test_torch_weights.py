@@ -152,6 +152,7 @@ def _two_steps(imported, batches, values):
         state, sums = step(state, batch)
         assert abs(float(sums["loss"] / sums["count"]) - value) < 1e-6
         owned = {"params": state.params, "batch_stats": state.batch_stats}
+        owned = jax.tree.map(lambda x: np.asarray(x, np.float32), owned)
         found.append(
             torch_weights.state_dict(model, owned, imported.family, **imported.layout)
         )
@@ -265,15 +266,22 @@ def test_two_training_steps_of_milesials_net():
     expected = load_file(folder / "grads_step1.safetensors")
 
     def mean(params):
-        variables = {**imported.variables, "params": params}
-        (logits, _), _ = imported.model.apply(
-            variables, np.moveaxis(first[0], 1, -1), train=True, mutable=["batch_stats"]
+        variables = {**wide, "params": params}
+        image = jnp.asarray(np.moveaxis(first[0], 1, -1), jnp.float64)
+        (logits, _), _ = model.apply(
+            variables, image, train=True, mutable=["batch_stats"]
         )
         loss_fn = losses.build(task="classes", cross_entropy=1.0)
         label = jnp.asarray(first[1], jnp.int32)
-        return jnp.mean(loss_fn(logits, label, jnp.ones(label.shape)))
+        return jnp.mean(loss_fn(logits, label, jnp.ones(label.shape, jnp.float64)))
 
-    found, grads = jax.jit(jax.value_and_grad(mean))(imported.variables["params"])
+    # In float64: one pixel of the first up block is within float32's rounding of 0, and
+    # whether its ReLU lets it through is a hundredth of that block's gradients.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        model = imported.model.clone(dtype="float64")
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), imported.variables)
+        found, grads = jax.jit(jax.value_and_grad(mean))(wide["params"])
+        grads = jax.tree.map(lambda x: np.asarray(x, np.float32), grads)
     assert abs(float(found) - value) < 1e-6
     slopes = torch_weights.state_dict(
         imported.model, {**imported.variables, "params": grads}, "milesial"
@@ -281,7 +289,10 @@ def test_two_training_steps_of_milesials_net():
     for key, grad in expected.items():
         atol = 2e-5 * abs(grad).max()
         np.testing.assert_allclose(slopes[key], grad, rtol=0, atol=atol, err_msg=key)
-    state = _two_steps(imported, batches, [float(given[f"loss_{i}"]) for i in (1, 2)])
+    values = [float(given[f"loss_{i}"]) for i in (1, 2)]
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        exact = imported._replace(model=model, variables=wide)
+        state = _two_steps(exact, batches, values)
     for i, found in enumerate(state, start=1):
         after = load_file(folder / f"weights_after_step{i}.safetensors")
         for key, value in after.items():
